@@ -1,0 +1,66 @@
+"""Mixtures of LoRA experts, Riemannian and gate-rescaled optimizers, for PEFT and its host frameworks.
+
+`import moelora_plugin` is light: it installs the post-import hooks of `autoload` (PEFT learns the type
+MOELORA when it is imported) and serves the public names on first use (PEP 562).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from . import autoload
+
+if TYPE_CHECKING:
+    from .analysis import routing_statistics
+    from .checkpoint import load_adapter, save_adapter
+    from .config import MoeLoraConfig
+    from .export import export_adapter
+    from .model import MoeLoraModel
+    from .optim import RiemannianAdamW, RiemannianSGD, build_optimizer
+    from .presets import PRESETS
+
+__version__ = "0.1.0"
+
+_HOME_OF = {
+    "MoeLoraConfig": "config",
+    "MoeLoraModel": "model",
+    "PRESETS": "presets",
+    "RiemannianAdamW": "optim",
+    "RiemannianSGD": "optim",
+    "build_optimizer": "optim",
+    "export_adapter": "export",
+    "load_adapter": "checkpoint",
+    "routing_statistics": "analysis",
+    "save_adapter": "checkpoint",
+}
+
+__all__ = [
+    "PRESETS",
+    "MoeLoraConfig",
+    "MoeLoraModel",
+    "RiemannianAdamW",
+    "RiemannianSGD",
+    "build_optimizer",
+    "export_adapter",
+    "load_adapter",
+    "routing_statistics",
+    "save_adapter",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name != "PRESETS":
+        from .registration import register
+
+        register()
+    return getattr(importlib.import_module(f".{_HOME_OF[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
+
+
+autoload.install()

@@ -1,0 +1,276 @@
+"""Adapters on disk: PEFT's two files plus a manifest, written whole or not at all, checked when read.
+
+    adapter_config.json        PEFT's
+    adapter_model.safetensors  PEFT's
+    moelora.json               manifest: sha256 of the weights, fingerprint of the base, how it was trained
+    tokenizer files            where one was given
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from . import __version__
+from .base_model import HUB_ERRORS, load_base_model
+from .errors import AdapterError, ConfigError, MissingDependencyError
+from .files import atomic_directory, sha256_of, write_json
+from .model import moelora_layers
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+MANIFEST_FILE = "moelora.json"
+
+# A base is recognised by a few of its weights. bf16, fp16 and fp32 copies differ by at most 2^-8 of a value;
+# 2 % leaves room for that and still tells two models apart at the first value.
+_SAMPLES = 16
+_RELATIVE_TOLERANCE = 0.02
+_ABSOLUTE_TOLERANCE = 1e-6  # fp16 flushes values below this to multiples of 6e-8
+
+
+def save_adapter(
+    model: PeftModel,
+    out: Path | str,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    manifest: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Save the active adapter into the folder `out`: all of it, or nothing.
+
+    Args:
+        model: what `peft.get_peft_model` returned, with one active adapter.
+        out: the folder to make.
+        tokenizer: saved beside the adapter, so that it loads with the prompts it was trained on.
+        manifest: how the adapter came about (recipe, data, scores, ...); JSON values.
+        overwrite: replace a folder that already holds something.
+
+    Raises:
+        ConfigError: `out` holds something and `overwrite` is False.
+    """
+    adapter = model.active_adapters[0]
+    with atomic_directory(out, overwrite=overwrite) as folder:
+        model.save_pretrained(str(folder), selected_adapters=[adapter])
+        # PEFT puts an adapter that is not called "default" into a folder of its name.
+        nested = folder / adapter
+        if adapter != "default" and nested.is_dir():
+            for file in nested.iterdir():
+                file.rename(folder / file.name)
+            nested.rmdir()
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(folder))
+        write_json(
+            folder / MANIFEST_FILE,
+            {
+                **(manifest or {}),
+                "moelora_version": __version__,
+                "weights_sha256": sha256_of(folder / WEIGHTS_FILE),
+                "base_fingerprint": base_fingerprint(model),
+            },
+        )
+    return Path(out)
+
+
+def load_adapter(
+    path: Path | str,
+    *,
+    base: str | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+    allow_base_mismatch: bool = False,
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """Load an adapter on its base, ready for inference, or say what is wrong with it.
+
+    Stricter than `PeftModel.from_pretrained`, which only warns where tensors are missing: the weights must
+    match the manifest's digest, every tensor must find its place, and the base must be the one the adapter
+    was trained on.
+
+    Args:
+        path: folder or hub id of an adapter (of any PEFT type).
+        base: folder or hub id of the base; the adapter's own where left out.
+        dtype: "auto" (the checkpoint's on an accelerator, float32 on a CPU) or a torch dtype's name.
+        device: "cpu", "cuda", ...; the accelerator where there is one.
+        allow_base_mismatch: load on another base all the same.
+
+    Returns:
+        The model in eval mode and its tokenizer.
+
+    Raises:
+        AdapterError: damaged files, missing tensors, or another base.
+        MissingDependencyError: adapter or base is not a folder and the hub cannot be reached.
+    """
+    folder = resolve_adapter(path)
+    config = read_adapter_config(folder)
+    verify_weights(folder)
+    recorded = config.get("base_model_name_or_path")
+    base = base or recorded
+    if not base:
+        raise ConfigError(f"{CONFIG_FILE} in {folder} names no base model; pass base (--base).")
+    if not allow_base_mismatch:
+        _refuse_other_name(base, recorded)
+    revision = config.get("revision") if base == recorded else None
+    base_model = load_base_model(base, revision=revision, dtype=dtype, device=device)
+    try:
+        model = PeftModel.from_pretrained(base_model, str(folder))
+    except (RuntimeError, ValueError) as error:
+        raise AdapterError(
+            f"The adapter in {folder} does not fit the base {base!r}: {_first_line(error)}; pass the base "
+            "it was trained on (--base)."
+        ) from error
+    _refuse_missing_tensors(folder, model)
+    if not allow_base_mismatch:
+        _refuse_other_weights(model, read_manifest(folder).get("base_fingerprint"), base)
+    tokenizer_home = str(folder) if (folder / "tokenizer_config.json").exists() else base
+    return model.eval(), AutoTokenizer.from_pretrained(tokenizer_home)
+
+
+def resolve_adapter(path: Path | str) -> Path:
+    """The adapter's local folder; a hub id is downloaded.
+
+    Raises:
+        AdapterError: the folder holds no adapter.
+        MissingDependencyError: not a folder, and the hub cannot be reached or does not know it.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(str(path)))
+        except HUB_ERRORS as error:
+            raise MissingDependencyError(
+                f"Adapter {str(path)!r} is not a folder and cannot be had from the hub "
+                f"({_first_line(error)}); pass the path of a folder with {CONFIG_FILE}."
+            ) from error
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise AdapterError(f"{folder} holds no {name}; pass the folder of a saved adapter.")
+    return folder
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """The adapter's configuration as it stands in the file."""
+    return _read_json(folder / CONFIG_FILE)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest, or an empty dict for an adapter that PEFT alone has saved."""
+    path = folder / MANIFEST_FILE
+    return _read_json(path) if path.is_file() else {}
+
+
+def verify_weights(folder: Path) -> str:
+    """Check that the weights can be read and are the ones the manifest was written for.
+
+    Returns:
+        Their sha256.
+
+    Raises:
+        AdapterError: truncated, not safetensors, or changed since they were saved.
+    """
+    path = folder / WEIGHTS_FILE
+    try:
+        with safe_open(path, framework="pt") as file:
+            file.keys()
+    except SafetensorError as error:
+        raise AdapterError(
+            f"{path} is truncated or damaged ({_first_line(error)}); save or download it again."
+        ) from error
+    digest = sha256_of(path)
+    expected = read_manifest(folder).get("weights_sha256")
+    if expected is not None and digest != expected:
+        raise AdapterError(
+            f"{path} was changed after it was saved: its sha256 is {digest[:12]}..., {MANIFEST_FILE} says "
+            f"{expected[:12]}...; save or download it again."
+        )
+    return digest
+
+
+def base_fingerprint(model: nn.Module) -> dict[str, Any] | None:
+    """What tells the adapted base from others: shapes of the adapted modules and a few of their weights.
+
+    None where the base weights are not plain floating-point tensors (quantised or not materialised).
+    """
+    layers = moelora_layers(model)
+    weights = [getattr(layer.get_base_layer(), "weight", None) for layer in layers.values()]
+    if not weights or not all(
+        isinstance(w, torch.Tensor) and w.is_floating_point() and w.device.type != "meta"
+        for w in weights
+    ):
+        return None
+    # Names differ with the wrapping (PeftModel or bare); the order of modules does not.
+    shapes = json.dumps([list(w.shape) for w in weights])
+    samples = []
+    for k in range(_SAMPLES):
+        flat = weights[k * len(weights) // _SAMPLES].detach().flatten()
+        samples.append(float(flat[(2 * k + 1) * flat.numel() // (2 * _SAMPLES)]))
+    return {
+        "modules": len(weights),
+        "shapes_sha256": hashlib.sha256(shapes.encode()).hexdigest(),
+        "samples": samples,
+    }
+
+
+def _refuse_other_name(base: str, recorded: str | None) -> None:
+    """Two hub ids that differ are two models. Folders move, so their names say nothing."""
+    if recorded and base != recorded and not os.path.isdir(base) and not os.path.isdir(recorded):
+        raise AdapterError(
+            f"The adapter was trained on {recorded!r}, not on {base!r}; drop --base, or pass "
+            "--allow-base-mismatch if you mean it."
+        )
+
+
+def _refuse_other_weights(model: nn.Module, expected: Mapping[str, Any] | None, base: str) -> None:
+    found = base_fingerprint(model)
+    if expected is None or found is None:
+        return
+    same = found["shapes_sha256"] == expected["shapes_sha256"] and all(
+        abs(a - b) <= _RELATIVE_TOLERANCE * max(abs(a), abs(b)) + _ABSOLUTE_TOLERANCE
+        for a, b in zip(found["samples"], expected["samples"], strict=True)
+    )
+    if not same:
+        raise AdapterError(
+            f"The weights of {base!r} are not those of the base this adapter was trained on; pass that "
+            "base (--base), or --allow-base-mismatch if you mean it."
+        )
+
+
+def _refuse_missing_tensors(folder: Path, model: PeftModel) -> None:
+    with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+        stored = set(file.keys())
+    wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    missing, unknown = sorted(wanted - stored), sorted(stored - wanted)
+    if missing:
+        raise AdapterError(
+            f"{folder / WEIGHTS_FILE} lacks {len(missing)} of {len(wanted)} tensors, the first being "
+            f"{missing[0]}; save or download it again."
+        )
+    if unknown:
+        raise AdapterError(
+            f"{folder / WEIGHTS_FILE} holds {len(unknown)} tensors that have no place in the base, the first "
+            f"being {unknown[0]}; pass the base it was trained on (--base)."
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise AdapterError(f"{path} is not valid JSON ({_first_line(error)}); save it again.") from error
+    if not isinstance(content, dict):
+        raise AdapterError(f"{path} holds a {type(content).__name__}, not an object; save it again.")
+    return content
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -1,0 +1,175 @@
+"""MoeLoraConfig: everything an adapter is, validated without a model."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar, get_args
+
+from peft.config import PeftConfig
+from peft.utils.peft_types import PeftType
+
+from .errors import ConfigError
+from .lookup import nearest, unknown_name_message
+from .presets import PRESETS
+from .types import GateRescale, GateRescaleScope
+
+PEFT_TYPE = "MOELORA"
+FORMAT_VERSION = 1
+
+_GATE_RESCALES = ("auto", *get_args(GateRescale))
+_SCOPES = get_args(GateRescaleScope)
+_BIASES = ("none", "all", "moelora_only")
+
+C = TypeVar("C", bound=type)
+
+
+def _refuse_unknown_keys(cls: C) -> C:
+    """Answer an unknown keyword with the valid ones.
+
+    PEFT would drop it with a warning when it reads a saved config, and a dataclass names no alternative.
+    """
+    generated: Callable[..., None] = cls.__init__
+    known = {f.name for f in fields(cls) if f.init}
+
+    @functools.wraps(generated)
+    def checked_init(self: Any, *args: Any, **kwargs: Any) -> None:
+        unknown = sorted(set(kwargs) - known)
+        if unknown:
+            close = nearest(unknown[0], known)
+            hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
+            raise ConfigError(
+                f"MoeLoraConfig has no key {unknown[0]!r}; {hint}valid keys are "
+                f"{', '.join(sorted(known))}."
+            )
+        generated(self, *args, **kwargs)
+
+    # Setting a dunder through setattr keeps the generated signature visible to help() and IDEs.
+    setattr(cls, "__init__", checked_init)  # noqa: B010
+    return cls
+
+
+@_refuse_unknown_keys
+@dataclass
+class MoeLoraConfig(PeftConfig):
+    """A mixture of LoRA experts on every target module.
+
+    The defaults are the paper's (arXiv 2502.15828, Table 12): 20 experts of rank 4, 10 selected.
+
+    Args:
+        r: rank of one expert, >= 1.
+        num_experts: experts per target module, >= 1. One expert is plain LoRA.
+        top_k: experts selected per token, 1 <= top_k <= num_experts.
+        lora_alpha: the update is scaled by alpha / r, or alpha / sqrt(r) with `use_rslora`.
+        lora_dropout: dropout on the experts' input, in [0, 1). The router sees the input undropped.
+        target_modules: names (suffix match), one regular expression, or "all-linear"; PEFT's LoRA
+            default for the architecture where left out.
+        exclude_modules: names or a regular expression to leave out.
+        layers_to_transform: layer indexes to adapt; needs `target_modules` as a list.
+        layers_pattern: name of the layer list where it is not a common one.
+        modules_to_save: further modules to train and save whole.
+        bias: "none", "all" or "moelora_only": which of the base's biases train.
+        router: name of the router ("topk"), an entry point of `moelora.routers` or a dotted path.
+        expert: name of the expert kind ("lora").
+        allocation: name of the allocation ("uniform").
+        init: name of the experts' initialisation ("kaiming": A as in LoRA, B zero).
+        aux_losses: coefficient of each auxiliary loss by name. No loss is built in yet.
+        gate_rescale: the exponent p of the gates in the experts' backward: "none" (1), "sqrt" (1/2,
+            eq. 13), "exact" (0 on selected experts, eq. 11/12), or "auto": `build_optimizer` sets it
+            ("sqrt" for grsgd and gradamw, "none" for rsgd and radamw); until then it means "none".
+        gate_rescale_scope: "weights" (x receives the true gradient, eq. 13) or "output" (x receives
+            the surrogate: Algorithm 1 and the reference code).
+        use_rslora: scale by alpha / sqrt(r).
+        format_version: version of this file format.
+
+    Raises:
+        ConfigError: a value out of range, an unknown name or an unknown key.
+    """
+
+    r: int = 4
+    num_experts: int = 20
+    top_k: int = 10
+    lora_alpha: float = 16
+    lora_dropout: float = 0.05
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    bias: str = "none"
+    router: str = "topk"
+    expert: str = "lora"
+    allocation: str = "uniform"
+    init: str = "kaiming"
+    aux_losses: dict[str, float] = field(default_factory=dict)
+    gate_rescale: str = "auto"
+    gate_rescale_scope: str = "weights"
+    use_rslora: bool = False
+    format_version: int = FORMAT_VERSION
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> MoeLoraConfig:
+        """The preset's configuration; `overrides` win over it.
+
+        Raises:
+            ConfigError: unknown preset; the nearest names are offered.
+        """
+        if name not in PRESETS:
+            raise ConfigError(unknown_name_message("preset", name, PRESETS))
+        return cls(**{**PRESETS[name].overrides, **overrides})
+
+    def __post_init__(self) -> None:
+        """Validate and normalise."""
+        super().__post_init__()
+        self.peft_type = PeftType(PEFT_TYPE)
+        self._validate_numbers()
+        self._validate_choice("bias", _BIASES)
+        self._validate_choice("gate_rescale", _GATE_RESCALES)
+        self._validate_choice("gate_rescale_scope", _SCOPES)
+        if self.aux_losses:
+            raise ConfigError(
+                f"aux_losses={self.aux_losses!r} names a loss, but none is built in yet; remove the key."
+            )
+        if self.format_version != FORMAT_VERSION:
+            raise ConfigError(
+                f"format_version={self.format_version} was written by another release of moelora; this one "
+                f"reads {FORMAT_VERSION}: install a matching release."
+            )
+        if isinstance(self.target_modules, str):
+            for key in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, key) is not None:
+                    raise ConfigError(
+                        f"{key} needs target_modules as a list of names, got the string "
+                        f"{self.target_modules!r}."
+                    )
+        # PEFT matches against a set; a sorted list keeps the saved file stable, and both are accepted.
+        for key in ("target_modules", "exclude_modules"):
+            value = getattr(self, key)
+            if value is not None and not isinstance(value, str):
+                setattr(self, key, sorted(value))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe, and in the same order every time: PEFT keeps matched names in sets."""
+        content: dict[str, Any] = super().to_dict()
+        return {k: sorted(v) if isinstance(v, set) else v for k, v in content.items()}
+
+    def _validate_numbers(self) -> None:
+        for key in ("r", "num_experts", "top_k"):
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{key}={value!r} must be an integer of at least 1.")
+        if self.top_k > self.num_experts:
+            raise ConfigError(
+                f"top_k={self.top_k} is more than num_experts={self.num_experts}; lower top_k or raise "
+                "num_experts."
+            )
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"lora_dropout={self.lora_dropout!r} must be in [0, 1).")
+        if not self.lora_alpha > 0:
+            raise ConfigError(f"lora_alpha={self.lora_alpha!r} must be positive.")
+
+    def _validate_choice(self, key: str, choices: tuple[str, ...]) -> None:
+        value = getattr(self, key)
+        if value not in choices:
+            raise ConfigError(f"{key}={value!r} must be one of {', '.join(map(repr, choices))}.")

@@ -1,0 +1,86 @@
+"""Writing files so that a crash leaves the old thing or the new thing, never half of one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError
+
+
+def refuse_existing(out: Path | str, *, overwrite: bool, key: str = "--out") -> None:
+    """Refuse an output that already holds something, before any time is spent on it.
+
+    Args:
+        out: a folder or file to be made.
+        overwrite: the user said it may go.
+        key: the option that names `out`, for the message.
+
+    Raises:
+        ConfigError: it holds something and may not go.
+    """
+    path = Path(out)
+    occupied = path.is_file() or (path.is_dir() and any(path.iterdir()))
+    if occupied and not overwrite:
+        raise ConfigError(
+            f"{path} already holds something; choose another {key} or pass --overwrite."
+        )
+
+
+@contextmanager
+def atomic_directory(out: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
+    """A folder under a temporary name beside `out`, renamed to `out` if the block succeeds.
+
+    Raises:
+        ConfigError: `out` holds something and `overwrite` is False.
+    """
+    path = Path(out)
+    refuse_existing(path, overwrite=overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    try:
+        # mkdtemp makes a private folder; what is renamed should look like any other.
+        temporary.chmod(0o777 & ~_umask())
+        yield temporary
+        replaced = temporary.with_suffix(".replaced")
+        if path.exists():
+            path.rename(replaced)
+        temporary.rename(path)
+        shutil.rmtree(replaced, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole: under a temporary name first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON whole, in a stable and readable form."""
+    write_text(path, json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

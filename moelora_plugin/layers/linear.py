@@ -1,0 +1,249 @@
+"""A linear module with a mixture of LoRA experts on top.
+
+Shape suffixes: T tokens, I in, O out, E experts.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..config import MoeLoraConfig
+from ..errors import ConfigError, ExportError
+from ..experts import EXPERTS, ExpertKind
+from ..initialization import INITIALIZATIONS
+from ..lookup import lookup
+from ..routers import ROUTERS, Router
+from ..types import ExpertPair, GateRescale, GateRescaleScope, LayerPlan, Routing
+
+# These have in and out features that PEFT can read but do not compute x W^T.
+_NOT_LINEAR = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
+
+
+class MoeLoraLinear(nn.Module, BaseTunerLayer):
+    """base(x) + s * sum_i g_i(x) B_i A_i dropout(x)     (arXiv 2502.15828, eq. 8).
+
+    The base is any module that maps (..., in) to (..., out) and whose features PEFT can read: nn.Linear,
+    transformers' Conv1D, a quantised linear. Only its forward is called.
+
+    Parameters are keyed by adapter name: `moelora_A` (R, in), `moelora_B` (out, R), `moelora_router`.
+    """
+
+    adapter_layer_names = ("moelora_A", "moelora_B", "moelora_router")
+    other_param_names = (
+        "moelora_dropout",
+        "moelora_plan",
+        "moelora_scaling",
+        "moelora_expert",
+        "moelora_gate_rescale",
+        "moelora_gate_rescale_scope",
+    )
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: MoeLoraConfig, plan: LayerPlan
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features, self.out_features = _features(self.get_base_layer())
+        self.moelora_A = nn.ParameterDict()
+        self.moelora_B = nn.ParameterDict()
+        self.moelora_router = nn.ModuleDict()
+        self.moelora_dropout = nn.ModuleDict()
+        self.moelora_plan: dict[str, LayerPlan] = {}
+        self.moelora_scaling: dict[str, float] = {}
+        self.moelora_expert: dict[str, ExpertKind] = {}
+        self.moelora_gate_rescale: dict[str, GateRescale] = {}
+        self.moelora_gate_rescale_scope: dict[str, GateRescaleScope] = {}
+        self._disable_adapters = False
+        self._active_adapter = adapter_name
+        self.merged_adapters = []
+        # Kept only while `analysis.routing_statistics` (or whoever sets the flag) asks for it.
+        self.record_routing = False
+        self.last_routing: dict[str, Routing] = {}
+        self.update_layer(adapter_name, config, plan)
+
+    def update_layer(self, adapter_name: str, config: MoeLoraConfig, plan: LayerPlan) -> None:
+        """Add an adapter: create, initialise and place its parameters."""
+        expert = lookup("experts", config.expert, EXPERTS)
+        a_shape, b_shape = expert.shapes(plan, self.in_features, self.out_features)
+        self.moelora_plan[adapter_name] = plan
+        self.moelora_scaling[adapter_name] = plan.scaling(config.use_rslora)
+        self.moelora_expert[adapter_name] = expert
+        # "auto" waits for build_optimizer; until then the gradient is the ordinary one.
+        mode = "none" if config.gate_rescale == "auto" else config.gate_rescale
+        self.moelora_gate_rescale[adapter_name] = cast(GateRescale, mode)
+        self.moelora_gate_rescale_scope[adapter_name] = cast(
+            GateRescaleScope, config.gate_rescale_scope
+        )
+        self.moelora_A[adapter_name] = nn.Parameter(torch.empty(a_shape))
+        self.moelora_B[adapter_name] = nn.Parameter(torch.empty(b_shape))
+        self.moelora_router[adapter_name] = lookup("routers", config.router, ROUTERS)(
+            self.in_features, plan
+        )
+        self.moelora_dropout[adapter_name] = (
+            nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        )
+        initialize = lookup("initializations", config.init, INITIALIZATIONS)
+        initialize(self.moelora_A[adapter_name], self.moelora_B[adapter_name])
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Map (..., in) to (..., out) in the base output's dtype."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return result
+        dtype = result.dtype
+        for adapter in self.active_adapters:
+            if adapter in self.moelora_A:
+                result = result + self._update(adapter, x)
+        return result.to(dtype)
+
+    def _update(self, adapter: str, x: Tensor) -> Tensor:
+        a, b = self.moelora_A[adapter], self.moelora_B[adapter]
+        x_TI = self._cast_input_dtype(x, a.dtype).reshape(-1, self.in_features)
+        routing = self._router(adapter)(x_TI)
+        if self.record_routing:
+            self.last_routing[adapter] = _detached(routing)
+        update_TO = self.moelora_expert[adapter].update(
+            self.moelora_dropout[adapter](x_TI),
+            a,
+            b,
+            routing.weights,
+            self.moelora_plan[adapter],
+            self.moelora_scaling[adapter],
+            self.moelora_gate_rescale[adapter],
+            self.moelora_gate_rescale_scope[adapter],
+        )
+        return update_TO.view(*x.shape[:-1], self.out_features)
+
+    def _router(self, adapter: str) -> Router:
+        return cast(Router, self.moelora_router[adapter])
+
+    def expert_weights(self, adapter: str = "default") -> list[tuple[Tensor, Tensor]]:
+        """One (A_i (r_i, in), B_i (out, r_i)) per expert: writable views without gradient."""
+        return self.moelora_expert[adapter].split(
+            self.moelora_A[adapter].detach(),
+            self.moelora_B[adapter].detach(),
+            self.moelora_plan[adapter],
+        )
+
+    def router_weights(self, adapter: str = "default") -> Tensor:
+        """The gate (E, in): a writable view without gradient."""
+        return cast(Tensor, self._router(adapter).weight).detach()
+
+    def expert_pairs(self) -> list[ExpertPair]:
+        """The trainable (A, B) pairs, as the optimizers take them."""
+        return [
+            ExpertPair(
+                self.moelora_A[adapter],
+                self.moelora_B[adapter],
+                plan.ranks,
+                self.moelora_scaling[adapter],
+            )
+            for adapter, plan in self.moelora_plan.items()
+            if self.moelora_A[adapter].requires_grad and self.moelora_B[adapter].requires_grad
+        ]
+
+    def gate_parameters(self) -> list[nn.Parameter]:
+        """The routers' trainable parameters."""
+        return [p for p in self.moelora_router.parameters() if p.requires_grad]
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Fold adapters whose gates do not depend on the input into the base weight.
+
+        Raises:
+            ExportError: the gates follow the input, or the base weight is quantised.
+        """
+        for adapter in check_adapters_to_merge(self, adapter_names) or []:
+            if adapter not in self.moelora_A:
+                continue
+            weight = self._base_weight()
+            merged = weight.data + self.static_update(adapter).to(weight.dtype)
+            if safe_merge and not bool(torch.isfinite(merged).all()):
+                raise ExportError(
+                    f"Merging adapter {adapter!r} gives NaN or infinite weights; it seems broken."
+                )
+            weight.data = merged
+            self.merged_adapters.append(adapter)
+
+    def unmerge(self) -> None:
+        """Take every merged adapter out of the base weight again (up to rounding)."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+        while self.merged_adapters:
+            adapter = self.merged_adapters.pop()
+            weight = self._base_weight()
+            weight.data = weight.data - self.static_update(adapter).to(weight.dtype)
+
+    def static_update(self, adapter: str = "default", weights_E: Tensor | None = None) -> Tensor:
+        """The weight update in the base weight's own layout, for fixed gates.
+
+        Args:
+            adapter: whose experts.
+            weights_E: gates (E,); the router's own where it ignores the input.
+
+        Raises:
+            ExportError: no gates given and the router's follow the input.
+        """
+        if weights_E is None:
+            weights_E = self._router(adapter).static_weights()
+        if weights_E is None:
+            raise ExportError(
+                "The gates of this adapter follow the input, so no single weight equals it; serve it "
+                "unmerged, or write an approximation with `moelora export ADAPTER --to merged "
+                "--strategy mean-gate --out DIR`."
+            )
+        update_OI = self.moelora_expert[adapter].static_update(
+            self.moelora_A[adapter].detach(),
+            self.moelora_B[adapter].detach(),
+            weights_E.detach(),
+            self.moelora_plan[adapter],
+            self.moelora_scaling[adapter],
+        )
+        return update_OI.T if isinstance(self.get_base_layer(), Conv1D) else update_OI
+
+    def _base_weight(self) -> nn.Parameter:
+        weight = getattr(self.get_base_layer(), "weight", None)
+        if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
+            raise ExportError(
+                f"Cannot merge into {type(self.get_base_layer()).__name__}: its weight is quantised; load "
+                "the base in a floating-point dtype."
+            )
+        return weight
+
+    def __repr__(self) -> str:
+        return "moelora." + super().__repr__()
+
+
+def _features(base: nn.Module) -> tuple[int, int]:
+    """In and out features, or why the module cannot be adapted."""
+    with warnings.catch_warnings():
+        # PEFT warns about classes it does not know and still answers; what it answers decides.
+        warnings.simplefilter("ignore", UserWarning)
+        in_features, out_features = (
+            (None, None) if isinstance(base, _NOT_LINEAR) else _get_in_out_features(base)
+        )
+    if in_features is None or out_features is None:
+        raise ConfigError(
+            f"Cannot adapt a {type(base).__name__}: experts need a linear map; remove it from "
+            "target_modules or name it in exclude_modules."
+        )
+    return int(in_features), int(out_features)
+
+
+def _detached(routing: Routing) -> Routing:
+    return replace(
+        routing,
+        logits=routing.logits.detach(),
+        probs=routing.probs.detach(),
+        weights=routing.weights.detach(),
+    )

@@ -1,0 +1,59 @@
+"""Look a method up by name: a plain dict first, then entry points, then a dotted path.
+
+Every family of methods (routers, experts, allocations, initializations, presets, tasks) is a plain
+dict from name to object. Third parties register theirs in the entry-point group `moelora.<family>`
+or name it by dotted path (`my_package.my_module.MyRouter`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable, Mapping
+from importlib.metadata import entry_points
+from typing import TypeVar
+
+from .errors import ConfigError
+
+T = TypeVar("T")
+
+
+def nearest(name: str, known: Iterable[str], limit: int = 3) -> list[str]:
+    """The known names most like `name`, best first."""
+    return difflib.get_close_matches(name, list(known), n=limit, cutoff=0.5)
+
+
+def unknown_name_message(what: str, name: str, known: Iterable[str]) -> str:
+    """One sentence for an unknown name: the nearest names, or all of them where none is near."""
+    names = sorted(known)
+    close = nearest(name, names)
+    if close:
+        return f"Unknown {what} {name!r}; did you mean {' or '.join(map(repr, close))}?"
+    return f"Unknown {what} {name!r}; known are {', '.join(names)}."
+
+
+def lookup(family: str, name: str, table: Mapping[str, T]) -> T:
+    """Find the method called `name`.
+
+    Args:
+        family: plural family name, also the entry-point group's suffix ("routers").
+        name: a key of `table`, an entry point of `moelora.<family>`, or a dotted path.
+        table: the built-in methods.
+
+    Raises:
+        ConfigError: nothing has that name; the message offers the nearest ones.
+    """
+    if name in table:
+        return table[name]
+    for entry_point in entry_points(group=f"moelora.{family}"):
+        if entry_point.name == name:
+            loaded: T = entry_point.load()
+            return loaded
+    if "." in name:
+        module_name, _, attribute = name.rpartition(".")
+        try:
+            found: T = getattr(importlib.import_module(module_name), attribute)
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(f"Cannot import {family[:-1]} {name!r}: {error}.") from error
+        return found
+    raise ConfigError(unknown_name_message(family[:-1], name, table))

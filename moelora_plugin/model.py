@@ -1,0 +1,97 @@
+"""MoeLoraModel: the PEFT tuner that puts MoeLoraLinear in place of the target modules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .allocation import ALLOCATIONS
+from .config import MoeLoraConfig
+from .errors import ConfigError
+from .layers import MoeLoraLinear
+from .lookup import lookup
+from .types import GateRescale
+
+
+class MoeLoraModel(BaseTuner):
+    """A model whose target modules carry mixtures of LoRA experts.
+
+    Made by `peft.get_peft_model(model, MoeLoraConfig(...))`; saving, loading, several named adapters,
+    `disable_adapter` and `modules_to_save` are PEFT's own.
+    """
+
+    prefix: str = "moelora_"
+    tuner_layer_cls = MoeLoraLinear
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def _pre_injection_hook(
+        self, model: nn.Module, config: MoeLoraConfig, adapter_name: str
+    ) -> None:
+        """Say which linears there are before PEFT says only that none matched."""
+        if config.target_modules is None:
+            model_type = self.get_model_config(model).get("model_type")
+            if model_type not in self.target_module_mapping:
+                raise ConfigError(
+                    f"There is no default for model type {model_type!r}; set target_modules to some of "
+                    f"{', '.join(_linear_names(model))}, or to 'all-linear'."
+                )
+        elif config.target_modules != "all-linear" and not any(
+            self._check_target_module_exists(config, key) for key, _ in model.named_modules() if key
+        ):
+            raise ConfigError(
+                f"target_modules={config.target_modules!r} matches no module; the model's linear "
+                f"modules are {', '.join(_linear_names(model))}."
+            )
+
+    def _create_and_replace(
+        self,
+        peft_config: MoeLoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        plan = lookup("allocations", peft_config.allocation, ALLOCATIONS)(peft_config, current_key)
+        if isinstance(target, MoeLoraLinear):
+            target.update_layer(adapter_name, peft_config, plan)
+            return
+        layer = MoeLoraLinear(target, adapter_name, peft_config, plan)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)  # a further adapter does not train until it is made active
+        self._replace_module(parent, target_name, layer, target)
+
+    def set_gate_rescale(self, mode: GateRescale, adapter: str) -> None:
+        """Fix the backward exponent of an adapter; its config records the value that was used."""
+        self.peft_config[adapter].gate_rescale = mode
+        for layer in moelora_layers(self).values():
+            if adapter in layer.moelora_gate_rescale:
+                layer.moelora_gate_rescale[adapter] = mode
+
+
+def moelora_layers(model: nn.Module) -> dict[str, MoeLoraLinear]:
+    """Every adapted module by its name in `model`."""
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, MoeLoraLinear)
+    }
+
+
+def find_tuner(model: Any) -> MoeLoraModel | None:
+    """The tuner inside a PeftModel (however it is wrapped), or None."""
+    return next((m for m in model.modules() if isinstance(m, MoeLoraModel)), None)
+
+
+def _linear_names(model: nn.Module) -> list[str]:
+    """Last parts of the names of all linear modules: what target_modules usually holds."""
+    return sorted(
+        {
+            name.removesuffix(".base_layer").rpartition(".")[2]
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear | Conv1D)
+        }
+    )

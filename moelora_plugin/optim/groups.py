@@ -1,0 +1,114 @@
+"""Parameter groups: expert pairs, gates, and whatever else trains.
+
+A group is an ordinary dict of torch's with a `role`:
+
+    experts   params A0, B0, A1, B1, ...; `ranks` and `scalings` hold one entry per pair
+    gates     the routers' parameters; `max_grad_norm` clips their joint gradient
+    other     biases, modules_to_save and the like; stepped without preconditioning
+
+The pairs live in the group itself, by position, so that engines which replace parameters (accelerate, FSDP)
+keep them paired, and everything in it is plain Python, so that `torch.load(weights_only=True)` reads it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+
+from ..errors import ConfigError
+from ..model import moelora_layers
+from ..types import ExpertPair
+
+EXPERTS = "experts"
+GATES = "gates"
+OTHER = "other"
+
+Group = dict[str, Any]
+
+
+def lora_pairs(model: nn.Module) -> list[ExpertPair]:
+    """Trainable (A, B) pairs of PEFT's own LoRA linears, each as a single expert.
+
+    LoRA on embeddings and convolutions has no such pair and trains as an ordinary parameter.
+    """
+    pairs = []
+    for module in model.modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        for adapter in module.lora_A:
+            if adapter not in module.lora_B:
+                continue
+            a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+            if a.ndim == b.ndim == 2 and a.requires_grad and b.requires_grad:
+                pairs.append(ExpertPair(a, b, (a.shape[0],), module.scaling[adapter]))
+    return pairs
+
+
+def parameter_groups(
+    model: nn.Module,
+    *,
+    lr: float,
+    gate_lr: float,
+    gate_max_grad_norm: float | None,
+    weight_decay: float,
+) -> list[Group]:
+    """Sort every trainable parameter of `model` into groups; empty groups are left out.
+
+    Raises:
+        ConfigError: the model has no trainable experts, or a parameter of a MoE-LoRA layer is in no group.
+    """
+    layers = moelora_layers(model)
+    pairs = [pair for layer in layers.values() for pair in layer.expert_pairs()] + lora_pairs(model)
+    if not pairs:
+        raise ConfigError(
+            "The model has no trainable LoRA experts; add an adapter first, for example with "
+            "peft.get_peft_model(model, MoeLoraConfig(...))."
+        )
+    gates = [p for layer in layers.values() for p in layer.gate_parameters()]
+    experts = [p for pair in pairs for p in (pair.a, pair.b)]
+    covered = {id(p) for p in (*experts, *gates)}
+    _refuse_uncovered(model, covered)
+    other = [p for p in model.parameters() if p.requires_grad and id(p) not in covered]
+    groups: list[Group] = [
+        {
+            "params": experts,
+            "role": EXPERTS,
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "ranks": [list(pair.ranks) for pair in pairs],
+            "scalings": [pair.scaling for pair in pairs],
+        },
+        {
+            "params": gates,
+            "role": GATES,
+            "lr": gate_lr,
+            "weight_decay": 0.0,
+            "max_grad_norm": gate_max_grad_norm,
+        },
+        # As everywhere: biases and norms (one dimension) are not decayed.
+        {
+            "params": [p for p in other if p.ndim > 1],
+            "role": OTHER,
+            "lr": lr,
+            "weight_decay": weight_decay,
+        },
+        {"params": [p for p in other if p.ndim <= 1], "role": OTHER, "lr": lr, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _refuse_uncovered(model: nn.Module, covered: set[int]) -> None:
+    """A trainable expert factor whose partner is frozen has no metric: say so, do not skip it."""
+    for layer_name, layer in moelora_layers(model).items():
+        for name, parameter in layer.named_parameters():
+            if (
+                name.startswith("moelora_")
+                and parameter.requires_grad
+                and id(parameter) not in covered
+            ):
+                raise ConfigError(
+                    f"{layer_name}.{name} trains but its partner does not, so it has no Riemannian "
+                    "metric; set requires_grad alike on A and B of an adapter."
+                )

@@ -1,0 +1,251 @@
+"""RiemannianSGD and RiemannianAdamW: torch's own optimizers on preconditioned gradients.
+
+The step itself, its fused and foreach paths and its state are torch's; only the gradients it sees differ. They are
+put back afterwards, so nothing is preconditioned twice.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..ops.precondition import damped_inverses, gram, join_experts, split_experts
+from .groups import EXPERTS, GATES, Group
+
+ORDERS = ("jacobi", "gauss_seidel")
+
+# torch's AdamW divides by 1 - beta^step. Counting from here both corrections are exactly 1 in floating point
+# (0.99999^(2^23) is 3e-37), so the stock kernels, fused ones too, run without bias correction; fp32 counts
+# another eight million steps exactly.
+_STEP_WITHOUT_BIAS_CORRECTION = 2.0**23
+
+
+class _Riemannian(torch.optim.Optimizer):
+    """Preconditions the pairs of every `experts` group, clips every `gates` group, then steps."""
+
+    def _add_defaults(self, **options: Any) -> None:
+        """Give every group our options, as torch's own constructors do with theirs."""
+        self.defaults.update(options)
+        for group in self.param_groups:
+            for key, value in options.items():
+                group.setdefault(key, value)
+        # The fused kernels would take still scaled gradients from a GradScaler; the metrics and the clipping
+        # need them unscaled, which is what the scaler does for optimizers that do not claim this.
+        self._step_supports_amp_scaling = False
+        self._check_groups()
+
+    def _check_groups(self) -> None:
+        for group in self.param_groups:
+            if group["order"] not in ORDERS:
+                raise ConfigError(f"order={group['order']!r} must be one of {', '.join(ORDERS)}.")
+            if group["damping"] < 0:
+                raise ConfigError(f"damping={group['damping']!r} must not be negative.")
+            if group.get("role") == EXPERTS and len(group["params"]) != 2 * len(group["ranks"]):
+                raise ConfigError(
+                    f"An experts group holds {len(group['params'])} parameters for {len(group['ranks'])} pairs; "
+                    "pass the groups of optim.groups.parameter_groups unchanged."
+                )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step on the preconditioned gradients.
+
+        Pairs of which one gradient is None are preconditioned on the other alone.
+
+        Args:
+            closure: evaluated once, before anything is preconditioned.
+
+        Returns:
+            What the closure returned, else None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with self._original_gradients_kept():
+            self._clip_gates()
+            if self._steps_a_and_b_apart():
+                self._step_a_then_b()
+            else:
+                self._precondition(("a", "b"))
+                super().step()
+        return loss
+
+    @contextmanager
+    def _original_gradients_kept(self) -> Iterator[None]:
+        kept = [(p, p.grad) for group in self.param_groups for p in group["params"]]
+        try:
+            yield
+        finally:
+            for parameter, grad in kept:
+                parameter.grad = grad
+
+    def _expert_groups(self) -> list[Group]:
+        return [group for group in self.param_groups if group.get("role") == EXPERTS]
+
+    def _clip_gates(self) -> None:
+        """Clip the joint norm of each gates group (arXiv 2502.15828, section 4.1: 1.0)."""
+        for group in self.param_groups:
+            limit = group.get("max_grad_norm")
+            grads = [p.grad for p in group["params"] if p.grad is not None]
+            if group.get("role") != GATES or limit is None or not grads:
+                continue
+            norm = torch.nn.utils.get_total_norm(grads)
+            # The same coefficient as torch.nn.utils.clip_grad_norm_, not in place: the caller keeps its gradients.
+            scale = (limit / (norm + 1e-6)).clamp(max=1.0)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad = parameter.grad * scale.to(parameter.grad.device, parameter.grad.dtype)
+
+    def _steps_a_and_b_apart(self) -> bool:
+        return any(
+            group["order"] == "gauss_seidel" or group["lora_plus_ratio"] != 1.0 for group in self._expert_groups()
+        )
+
+    def _step_a_then_b(self) -> None:
+        """Two stock steps: first A and everything that is not an expert, then B.
+
+        Under gauss_seidel B's metric is taken from the A that has just moved. torch skips parameters without a
+        gradient, so each is stepped once.
+        """
+        jacobi = [group for group in self._expert_groups() if group["order"] == "jacobi"]
+        gauss_seidel = [group for group in self._expert_groups() if group["order"] == "gauss_seidel"]
+        self._precondition(("a", "b"), jacobi)
+        self._precondition(("a",), gauss_seidel)
+        waiting = [(b, b.grad) for group in self._expert_groups() for b in group["params"][1::2]]
+        for b, _ in waiting:
+            b.grad = None
+        super().step()
+
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+        for b, grad in waiting:
+            b.grad = grad
+        self._precondition(("b",), gauss_seidel)
+        rates = [(group, group["lr"]) for group in self._expert_groups()]
+        for group, lr in rates:
+            group["lr"] = lr * group["lora_plus_ratio"]
+        super().step()
+        for group, lr in rates:
+            group["lr"] = lr
+
+    def _precondition(self, sides: Iterable[str], groups: list[Group] | None = None) -> None:
+        """Replace the gradients of A and/or B by their preconditioned ones, all metrics of one size at once."""
+        for group in self._expert_groups() if groups is None else groups:
+            for side in sides:
+                self._precondition_side(group, side)
+
+    def _precondition_side(self, group: Group, side: str) -> None:
+        factors_a, factors_b = group["params"][0::2], group["params"][1::2]
+        # A's gradient is measured by B's metric and the other way round.
+        learners, partners = (factors_a, factors_b) if side == "a" else (factors_b, factors_a)
+        learner_dim, partner_dim = (0, 1) if side == "a" else (1, 0)
+        active = [i for i, learner in enumerate(learners) if learner.grad is not None]
+        metrics = [gram(split_experts(partners[i].detach(), group["ranks"][i], partner_dim)) for i in active]
+        inverses, escalated = damped_inverses(metrics, group["damping"])
+        if escalated:
+            warnings.warn(
+                f"{escalated} expert metric(s) were too ill-conditioned for damping={group['damping']:g} and got "
+                "more in this step; raise damping if this persists.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        for i, inverse in zip(active, inverses, strict=True):
+            learner, ranks = learners[i], group["ranks"][i]
+            grad = split_experts(learner.grad, ranks, learner_dim).to(inverse.dtype)
+            if group["scale_compensation"]:
+                inverse = inverse / group["scalings"][i] ** 2
+            preconditioned = join_experts(inverse @ grad, ranks, learner_dim)
+            learner.grad = preconditioned.to(learner.dtype).contiguous()
+
+
+class RiemannianSGD(_Riemannian, torch.optim.SGD):
+    """torch's SGD on Riemannian-preconditioned expert gradients: RSGD, and gRSGD with a rescaled adapter.
+
+    X moves by -lr s^2 g^(1+p) times the projections of the full gradient onto col(B_i) and row(A_i)
+    (arXiv 2502.15828, eq. 9 to 12, counting s and the forward's g).
+
+    Args:
+        params: groups of `optim.groups.parameter_groups`; `build_optimizer` makes them.
+        lr: step per update, dimensionless: the preconditioned gradient is in units of X.
+        damping: added to the metrics' diagonal, in the unit of squared factor entries.
+        order: "jacobi" (A and B from the old values, eq. 6) or "gauss_seidel" (B's metric from the new A).
+        scale_compensation: divide the preconditioned gradients by s^2.
+        lora_plus_ratio: B's learning rate over A's (LoRA+).
+        **sgd: torch.optim.SGD's own options (momentum, weight_decay, fused, ...).
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 3e-5,
+        *,
+        damping: float = 1e-6,
+        order: str = "jacobi",
+        scale_compensation: bool = False,
+        lora_plus_ratio: float = 1.0,
+        **sgd: Any,
+    ) -> None:
+        super().__init__(params, lr=lr, **sgd)
+        self._add_defaults(
+            damping=damping,
+            order=order,
+            scale_compensation=scale_compensation,
+            lora_plus_ratio=lora_plus_ratio,
+        )
+
+
+class RiemannianAdamW(_Riemannian, torch.optim.AdamW):
+    """torch's AdamW on Riemannian-preconditioned expert gradients: RAdamW, and gRAdamW with a rescaled adapter.
+
+    The preconditioned gradient feeds both moments. Decoupled weight decay acts on the parameters as in AdamW.
+
+    Args:
+        params: groups of `optim.groups.parameter_groups`; `build_optimizer` makes them.
+        lr: step per update; AdamW moves each entry by about lr.
+        damping: added to the metrics' diagonal, in the unit of squared factor entries.
+        order: "jacobi" (A and B from the old values, eq. 6) or "gauss_seidel" (B's metric from the new A).
+        bias_correction: False reproduces the reference code, whose first step is about sqrt(1 / (1 - beta2)) times
+            (1 - beta1) as long, that is 3.16 lr. The state's `step` then counts from 2^23.
+        scale_compensation: divide the preconditioned gradients by s^2; AdamW's normalisation makes this matter only
+            through eps.
+        lora_plus_ratio: B's learning rate over A's (LoRA+).
+        **adamw: torch.optim.AdamW's own options (betas, eps, weight_decay, fused, ...).
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-5,
+        *,
+        damping: float = 1e-6,
+        order: str = "jacobi",
+        bias_correction: bool = True,
+        scale_compensation: bool = False,
+        lora_plus_ratio: float = 1.0,
+        **adamw: Any,
+    ) -> None:
+        super().__init__(params, lr=lr, **adamw)
+        self._add_defaults(
+            damping=damping,
+            order=order,
+            scale_compensation=scale_compensation,
+            lora_plus_ratio=lora_plus_ratio,
+            bias_correction=bias_correction,
+        )
+
+    def _init_group(self, group: Group, *args: Any, **kwargs: Any) -> Any:
+        """torch's own state; without bias correction its step counter starts where both are 1."""
+        fresh = [p for p in group["params"] if p.grad is not None and not self.state.get(p)]
+        result = super()._init_group(group, *args, **kwargs)  # type: ignore[misc]
+        if not group["bias_correction"]:
+            for parameter in fresh:
+                self.state[parameter]["step"].add_(_STEP_WITHOUT_BIAS_CORRECTION)
+        return result
