@@ -1,0 +1,192 @@
+"""Rows of a task, from the hub or from a local folder, checked before anything is computed."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moelora_plugin.errors import ConfigError, DataError, MissingDependencyError
+
+from .catalog import TASKS
+from .prompts import gold, render
+from .task import Task
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+UNLABELLED = (None, "", -1)  # what the hub's test splits have in place of a label
+EVALUATION = "evaluation"  # the one split of what lm-eval gets
+
+
+def load_split(
+    task: Task,
+    split: str,
+    data_dir: str | Path | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+) -> Dataset:
+    """Load one split of a task.
+
+    Args:
+        task: an entry of the catalog.
+        split: its name on the hub; `task.eval_split` is the one the task is scored on.
+        data_dir: folder with `<task.folder>/<split>.parquet`; None loads from the hub, at the
+            task's pinned revision.
+        limit: rows to keep, drawn without replacement and left in their order; None keeps all.
+        seed: seed of that draw.
+
+    Returns:
+        The rows, with the columns `task.columns`; where the task has an image column, only the rows
+        without an image.
+
+    Raises:
+        DataError: a file or column is missing, the split has no labels, or a label is unknown.
+        MissingDependencyError: the hub does not answer.
+        ConfigError: `limit` is below 1.
+    """
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit is {limit}, expected at least 1; leave --limit out for all rows.")
+    if data_dir is None:
+        dataset, source = _from_hub(task, split), f"{task.hub_id} on the hub"
+    else:
+        path = local_file(task, split, data_dir)
+        dataset, source = _from_file(task, path), str(path)
+    needed = (*task.columns, task.image) if task.image else task.columns
+    if missing := [column for column in needed if column not in dataset.column_names]:
+        raise DataError(
+            f"Column {missing[0]!r} is missing in {source}, which has "
+            f"{', '.join(dataset.column_names)}; {task.name} expects {', '.join(needed)}."
+        )
+    if task.image:
+        dataset = _without_images(dataset, task.image)
+    dataset = dataset.select_columns(list(task.columns))
+    _check_labels(task, dataset, split, source)
+    if limit is not None and limit < len(dataset):
+        dataset = dataset.select(sorted(random.Random(seed).sample(range(len(dataset)), limit)))
+    return dataset
+
+
+def load_for_lm_eval(
+    task_name: str,
+    data_dir: str | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    **_: Any,
+) -> DatasetDict:
+    """Rendered rows, as lm-eval's `custom_dataset` hook wants them.
+
+    lm-eval calls it with a YAML file's `dataset_kwargs` and with all its metadata: what we put
+    there (data_dir, limit, seed) and what is not for us (version, config_source, model arguments).
+
+    Returns:
+        One split, "evaluation", with the columns task, context, choices, gold and label.
+    """
+    from datasets import Dataset, DatasetDict
+
+    task = TASKS[task_name]
+    docs = []
+    for row in load_split(task, task.eval_split, data_dir, limit, seed):
+        prompt = render(task, row)
+        docs.append(
+            {
+                "task": task.name,
+                "context": prompt.context,
+                "choices": list(prompt.choices),
+                "gold": prompt.gold,
+                "label": float(row[task.label] if task.rating else prompt.gold),
+            }
+        )
+    return DatasetDict({EVALUATION: Dataset.from_list(docs)})
+
+
+def local_file(task: Task, split: str, data_dir: str | Path) -> Path:
+    """The file of one split in a data folder.
+
+    Raises:
+        DataError: it is not there.
+    """
+    path = Path(data_dir) / task.folder / f"{split}.parquet"
+    if path.is_file():
+        return path
+    if not Path(data_dir).is_dir():
+        raise DataError(
+            f"Data folder {data_dir} does not exist; --data-dir expects a folder with "
+            f"{task.folder}/{split}.parquet in it."
+        )
+    found = sorted(file.stem for file in path.parent.glob("*.parquet"))
+    raise DataError(
+        f"{path} does not exist (found there: {', '.join(found) or 'nothing'}); "
+        f"{task.name} needs it, so add it or change --data-dir or --tasks."
+    )
+
+
+def _from_file(task: Task, path: Path) -> Dataset:
+    """Read a parquet file into memory; unlike `Dataset.from_parquet`, nothing is cached on disk."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from datasets import Dataset
+
+    try:
+        return Dataset(pq.read_table(path))
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(
+            f"{path} is not a parquet file that can be read ({_first_line(error)}); "
+            f"replace it with the {path.stem} split of {task.name}."
+        ) from error
+
+
+def _from_hub(task: Task, split: str) -> Dataset:
+    """Fetch a split at the task's pinned revision."""
+    import datasets
+
+    try:
+        return datasets.load_dataset(task.hub_id, task.config, split=split, revision=task.revision)
+    except OSError as error:  # no network, offline mode, no such dataset
+        raise MissingDependencyError(
+            f"Cannot fetch {task.hub_id} from the hub ({_first_line(error)}); pass --data-dir with "
+            f"a folder that has {task.folder}/{split}.parquet in it."
+        ) from error
+    except ValueError as error:  # no such split or configuration
+        raise DataError(
+            f"{task.hub_id} on the hub has no split {split!r} for {task.name} "
+            f"({_first_line(error)}); use 'train' or {task.eval_split!r}."
+        ) from error
+
+
+def _without_images(dataset: Dataset, column: str) -> Dataset:
+    """The rows whose image is empty. Works on Arrow's validity bits: no image is decoded."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    images = dataset.data.column(column)
+    if pa.types.is_struct(images.type):
+        images = pc.struct_field(images, "bytes")
+    return dataset.select(np.flatnonzero(images.is_null()))
+
+
+def _check_labels(task: Task, dataset: Dataset, split: str, source: str) -> None:
+    """Refuse a split that is empty, has no labels, or has labels the task does not know."""
+    labels = dataset[task.label]
+    if not len(dataset):
+        raise DataError(f"Split {split!r} of {task.name} in {source} has no rows.")
+    if unlabelled := sum(label in UNLABELLED for label in labels):
+        raise DataError(
+            f"Split {split!r} of {task.name} in {source} has no label in {unlabelled} of its "
+            f"{len(dataset)} rows; use a labelled split: 'train' or {task.eval_split!r}."
+        )
+    try:
+        if task.labels:  # one row of each label is enough
+            for label in set(labels):
+                gold(task, dict.fromkeys(task.columns) | {task.label: label})
+        else:
+            for row in dataset:
+                gold(task, row)
+    except DataError as error:
+        raise DataError(f"{str(error).removesuffix('.')} (in {source}, split {split!r}).") from None
+
+
+def _first_line(error: Exception) -> str:
+    """What happened, without the pages that follow it."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

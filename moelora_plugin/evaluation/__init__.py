@@ -1,0 +1,18 @@
+"""Evaluation: base and adapter on one load, through lm-eval."""
+
+from __future__ import annotations
+
+from .report import EvaluationReport
+from .request import EvaluationRequest
+from .runner import evaluate, evaluate_model
+from .statistics import Difference, Estimate, Measurement
+
+__all__ = [
+    "Difference",
+    "Estimate",
+    "EvaluationReport",
+    "EvaluationRequest",
+    "Measurement",
+    "evaluate",
+    "evaluate_model",
+]

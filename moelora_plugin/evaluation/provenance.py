@@ -1,0 +1,91 @@
+"""What a run depended on, for the JSON file: enough to repeat it and to notice what has changed."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Iterable
+from enum import Enum
+from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from moelora_eval_tasks.catalog import Task
+from moelora_eval_tasks.loading import local_file
+
+from ..checkpoint import CONFIG_FILE, WEIGHTS_FILE, resolve_adapter
+from ..files import sha256_of
+
+PACKAGES = ("moelora", "torch", "transformers", "peft", "lm_eval", "datasets", "numpy")
+
+
+def environment() -> dict[str, Any]:
+    """The command line, the versions, and the digests of the code that makes prompts and scores."""
+    return {
+        "command": sys.argv,
+        "versions": {"python": platform.python_version(), **{p: _version(p) for p in PACKAGES}},
+        "eval_tasks_sha256": _package_digests(),
+    }
+
+
+def datasets_of(tasks: Iterable[Task], data_dir: str | None) -> dict[str, dict[str, Any]]:
+    """Where each task's rows came from: hub id and revision, or a local file and its digest."""
+    records: dict[str, dict[str, Any]] = {}
+    for task in tasks:
+        record: dict[str, Any] = {"split": task.eval_split}
+        if data_dir is None:
+            record |= {"hub_id": task.hub_id, "config": task.config, "revision": task.revision}
+        else:
+            path = local_file(task, task.eval_split, data_dir)
+            record |= {"file": str(path), "sha256": sha256_of(path)}
+        records[task.name] = record
+    return records
+
+
+def model_of(model: Any) -> dict[str, Any]:
+    """The base's id, revision and dtype, and the active adapters' configs, routing included."""
+    config = model.config
+    parameter = next(model.parameters())
+    peft_config = getattr(model, "peft_config", {})
+    active = getattr(model, "active_adapters", []) if peft_config else []
+    return {
+        "base": config.name_or_path,
+        "revision": getattr(config, "_commit_hash", None),
+        "dtype": str(parameter.dtype),
+        "device": str(parameter.device),
+        "adapters": {name: _plain(peft_config[name].to_dict()) for name in active},
+    }
+
+
+def adapter_of(path: str) -> dict[str, Any]:
+    """An adapter's path or hub id, and the digests of its weights and of its config."""
+    folder = resolve_adapter(path)
+    digests = {name: sha256_of(folder / name) for name in (WEIGHTS_FILE, CONFIG_FILE)}
+    return {"path": path, "sha256": digests}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _package_digests() -> dict[str, str]:
+    root = Path(str(files("moelora_eval_tasks")))
+    found = [*root.rglob("*.py"), *root.rglob("*.yaml")]
+    return {str(path.relative_to(root)): sha256_of(path) for path in sorted(found)}
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    """JSON's own types: PEFT's configs hold sets and enums."""
+    plain: dict[str, Any] = json.loads(json.dumps(config, default=_plain_value))
+    return plain
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, set):
+        return sorted(value)
+    return value.value if isinstance(value, Enum) else str(value)

@@ -1,0 +1,80 @@
+"""What to evaluate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import ConfigError
+from ..files import refuse_existing
+
+DEFAULT_OUTPUT = "moelora_eval.json"
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """One evaluation, as the command line asks for it.
+
+    Attributes:
+        tasks: tasks and groups in any spelling the catalog knows ("glue", "siqa").
+        adapter: folder or hub id of an adapter; None evaluates `base` alone.
+        base: model to put the adapter on; None takes the one the adapter was trained on.
+        data_dir: folder with local parquet files; None reads from the hub.
+        limit: rows per task, drawn with `seed`; None takes all.
+        batch_size: rows per forward pass. It changes the speed, not the scores.
+        compare_base: also score the base without the adapter, on the same load and the same rows.
+        dtype: of the weights: "auto" (as saved) or a torch dtype's name.
+        device: "cpu", "cuda", ...; None takes a GPU where there is one.
+        seed: of the draw of rows and of the bootstrap.
+        output: file to write, or folder for `moelora_eval.json`; None is the current folder.
+        overwrite: replace an existing file.
+        allow_base_mismatch: put the adapter on another base than it was trained on.
+
+    Raises:
+        ConfigError: the values do not go together.
+    """
+
+    tasks: tuple[str, ...]
+    adapter: str | None = None
+    base: str | None = None
+    data_dir: str | None = None
+    limit: int | None = None
+    batch_size: int = 8
+    compare_base: bool = False
+    dtype: str = "auto"
+    device: str | None = None
+    seed: int = 0
+    output: Path | None = None
+    overwrite: bool = False
+    allow_base_mismatch: bool = False
+
+    def __post_init__(self) -> None:
+        if self.adapter is None and self.base is None:
+            raise ConfigError(
+                "No model is given to evaluate; pass --adapter, or --base for a base alone."
+            )
+        if self.compare_base and self.adapter is None:
+            raise ConfigError(
+                "--compare-base compares an adapter with its base; pass --adapter too."
+            )
+        for key, value in (("limit", self.limit), ("batch_size", self.batch_size)):
+            if value is not None and value < 1:
+                raise ConfigError(
+                    f"{key} is {value}, expected at least 1; change --{_option(key)}."
+                )
+
+    def output_file(self) -> Path:
+        """The file to write.
+
+        Raises:
+            ConfigError: it is there already and must not be replaced.
+        """
+        path = Path(self.output or DEFAULT_OUTPUT)
+        if path.is_dir() or not path.suffix:
+            path = path / DEFAULT_OUTPUT
+        refuse_existing(path, overwrite=self.overwrite, key="--output")
+        return path
+
+
+def _option(key: str) -> str:
+    return key.replace("_", "-")
