@@ -1,0 +1,116 @@
+"""Where a run's files lie, and what it came to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..errors import ConfigError
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The parts of a run on disk.
+
+    Attributes:
+        path: the recipe's `output_dir`.
+    """
+
+    path: Path
+
+    @property
+    def adapter(self) -> Path:
+        """The trained adapter."""
+        return self.path / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of `checkpoint-N`."""
+        return self.path / "checkpoints"
+
+    @property
+    def recipe(self) -> Path:
+        """The recipe, with what it extends and every override resolved."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def log_history(self) -> Path:
+        """Every logged loss, learning rate and evaluation, as transformers keeps them."""
+        return self.path / "log_history.json"
+
+    def checkpoint(self, resume: str | Path) -> str:
+        """The checkpoint to resume from.
+
+        Args:
+            resume: "last", or the path of a checkpoint.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        if str(resume) != "last":
+            if not (Path(resume) / TRAINER_STATE_NAME).is_file():
+                raise ConfigError(
+                    f"{resume} is no checkpoint; give --resume a checkpoint-N or last."
+                )
+            return str(resume)
+        last = get_last_checkpoint(self.checkpoints) if self.checkpoints.is_dir() else None
+        if last is None:
+            raise ConfigError(
+                f"There is no checkpoint in {self.checkpoints} to resume from; leave --resume out "
+                "or change output_dir."
+            )
+        return str(last)
+
+    def remove_empty_folders(self) -> None:
+        """Leave nothing of a run that has saved nothing; the Trainer makes its folder early."""
+        for folder in (self.checkpoints, self.path):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What training came to.
+
+    Attributes:
+        output_dir: the run's folder.
+        adapter_dir: the adapter in it.
+        steps: optimizer steps, those before a resume included.
+        train_loss: mean loss over the steps of this call.
+        eval_loss: validation loss of the saved adapter, or None where the run does not evaluate.
+        seconds: time in the training loop.
+        trainable_parameters: number of trained scalars.
+        rows: training examples.
+        cut_rows: examples, of validation too, whose context lost its beginning.
+        log_history: every logged value, as transformers keeps them.
+    """
+
+    output_dir: Path
+    adapter_dir: Path
+    steps: int
+    train_loss: float
+    eval_loss: float | None
+    seconds: float
+    trainable_parameters: int
+    rows: int
+    cut_rows: int
+    log_history: list[dict[str, Any]]
+
+    def table(self) -> Table:
+        """The result for a terminal."""
+        table = Table("", "", title="Training", show_header=False)
+        table.add_row("Steps", f"{self.steps:,}")
+        table.add_row("Training loss", f"{self.train_loss:.4f}")
+        if self.eval_loss is not None:
+            table.add_row("Validation loss", f"{self.eval_loss:.4f}")
+        table.add_row("Time", f"{self.seconds:,.0f} s")
+        table.add_row("Trainable parameters", f"{self.trainable_parameters:,}")
+        table.add_row("Training rows", f"{self.rows:,}")
+        table.add_row("Prompts cut", f"{self.cut_rows:,}")
+        table.add_row("Adapter", str(self.adapter_dir))
+        return table

@@ -1,0 +1,189 @@
+"""Train an adapter from a recipe."""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from peft import PeftModel, get_peft_model
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from moelora_eval_tasks.catalog import resolve
+
+from .. import MoeLoraConfig
+from ..checkpoint import save_adapter
+from ..errors import ConfigError
+from ..files import refuse_existing, write_json, write_text
+from .arguments import training_arguments
+from .base import load_model, load_tokenizer
+from .callbacks import RoutingLog, record_routing
+from .data import TrainingData, load_data
+from .examples import AnswerCollator
+from .recipe import Recipe
+from .result import RunFolder, TrainResult
+from .schema import require
+from .trainer import MoeLoraTrainer
+
+logger = logging.getLogger(__name__)
+
+_RECORDED_PACKAGES = ("accelerate", "datasets", "peft", "torch", "transformers")
+
+
+def train(
+    recipe: Recipe,
+    overwrite: bool = False,
+    resume: str | Path | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> TrainResult:
+    """Train an adapter and save it into `recipe.output_dir`.
+
+    Cheap checks come first: what can be known to be wrong fails before the base is loaded. A run
+    that fails leaves nothing behind but the checkpoints it has finished.
+
+    Args:
+        recipe: what to train, on what, and how.
+        overwrite: replace the run that `output_dir` holds.
+        resume: continue from a checkpoint: its folder, or "last" for the last one in `output_dir`.
+        callbacks: further callbacks for transformers' Trainer.
+
+    Raises:
+        ConfigError: the recipe cannot be carried out, or `output_dir` already holds something.
+        DataError: the data is not what a task needs.
+        MissingDependencyError: the base or the data is not here and the hub is out of reach.
+    """
+    folder = RunFolder(Path(recipe.output_dir))
+    checkpoint = None if resume is None else folder.checkpoint(resume)
+    if checkpoint is None:
+        refuse_existing(folder.path, overwrite=overwrite, key="output_dir")
+    arguments = training_arguments(recipe, folder.checkpoints)
+    config = _adapter_config(recipe)
+    resolve(recipe.data.tasks)
+
+    tokenizer = load_tokenizer(recipe.model)
+    evaluates = arguments.eval_strategy != "no"
+    data = load_data(recipe.data, tokenizer, seed=recipe.seed, validation=evaluates)
+    if data.cut_rows:
+        logger.warning(
+            "%d prompts were longer than data.max_length=%d and lost their beginning.",
+            data.cut_rows,
+            recipe.data.max_length,
+        )
+    base = load_model(recipe.model, str(arguments.device))
+    set_seed(recipe.seed)  # the adapter's initialisation must not depend on what came before
+    model = get_peft_model(base, config)
+    trainable_parameters, _ = model.get_nb_trainable_parameters()
+    collator = AnswerCollator(tokenizer.pad_token_id)
+
+    try:
+        if checkpoint is None and arguments.should_save:
+            shutil.rmtree(folder.checkpoints, ignore_errors=True)  # there are some if we overwrite
+        trainer = _trainer(recipe, model, tokenizer, data, collator, arguments, callbacks)
+        outcome = trainer.train(resume_from_checkpoint=checkpoint)
+        if not math.isfinite(outcome.training_loss):
+            raise FloatingPointError(f"The loss became {outcome.training_loss}.")
+        eval_loss = trainer.evaluate()["eval_loss"] if evaluates else None
+    except FloatingPointError as error:  # the optimizer raises it when a metric is not finite
+        raise ConfigError(
+            f"Training diverged; lower optimizer.lr ({recipe.optimizer.lr:g}), raise "
+            f"optimizer.damping ({recipe.optimizer.damping:g}) or choose a wider model.dtype."
+        ) from error
+    finally:
+        if arguments.should_save:
+            folder.remove_empty_folders()
+    result = TrainResult(
+        output_dir=folder.path,
+        adapter_dir=folder.adapter,
+        steps=outcome.global_step,
+        train_loss=outcome.training_loss,
+        eval_loss=eval_loss,
+        seconds=outcome.metrics["train_runtime"],
+        trainable_parameters=trainable_parameters,
+        rows=len(data.train),
+        cut_rows=data.cut_rows,
+        log_history=trainer.state.log_history,
+    )
+    if arguments.should_save:
+        routing = record_routing(
+            model,
+            data.validation or data.train,
+            collator,
+            batch_size=arguments.per_device_eval_batch_size,
+        )
+        write_text(folder.recipe, yaml.safe_dump(recipe.to_dict(), sort_keys=False))
+        write_json(folder.log_history, result.log_history)
+        save_adapter(
+            model,
+            folder.adapter,
+            tokenizer=tokenizer,
+            manifest=_manifest(recipe, data, result, routing),
+            overwrite=overwrite or checkpoint is not None,
+        )
+    return result
+
+
+def _adapter_config(recipe: Recipe) -> MoeLoraConfig:
+    """The recipe's `adapter` as a validated config."""
+    fields = {"task_type": "CAUSAL_LM", **recipe.adapter}
+    preset = fields.pop("preset", "moe_lora")
+    require(isinstance(preset, str), "adapter.preset", preset, "the name of a preset")
+    return MoeLoraConfig.from_preset(preset, **fields)
+
+
+def _trainer(
+    recipe: Recipe,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: TrainingData,
+    collator: AnswerCollator,
+    arguments: TrainingArguments,
+    callbacks: Sequence[TrainerCallback],
+) -> MoeLoraTrainer:
+    """The trainer with its optimizer's options, its data and its callbacks."""
+    own: list[TrainerCallback] = []
+    if data.validation is not None:
+        own.append(RoutingLog(data.validation, collator))
+    if recipe.early_stopping is not None:
+        patience, threshold = recipe.early_stopping.patience, recipe.early_stopping.threshold
+        own.append(EarlyStoppingCallback(patience, threshold))
+    return MoeLoraTrainer(
+        optimizer_arguments=recipe.optimizer.build_arguments(),
+        model=model,
+        args=arguments,
+        train_dataset=data.train,
+        eval_dataset=data.validation,
+        data_collator=collator,
+        processing_class=tokenizer,
+        callbacks=[*own, *callbacks],
+    )
+
+
+def _manifest(
+    recipe: Recipe, data: TrainingData, result: TrainResult, routing: dict[str, Any]
+) -> dict[str, Any]:
+    """How the adapter came about, for whoever gets it."""
+    settings = recipe.to_dict()
+    # Where things lay on this machine is no part of the method, and the adapter will be shared.
+    del settings["output_dir"], settings["data"]["data_dir"]
+    return {
+        "recipe": settings,
+        "data": data.to_dict(),
+        "steps": result.steps,
+        "train_loss": result.train_loss,
+        "eval_loss": result.eval_loss,
+        "trainable_parameters": result.trainable_parameters,
+        "seconds": result.seconds,
+        "packages": {name: version(name) for name in _RECORDED_PACKAGES},
+        "routing": routing,
+    }

@@ -1,0 +1,113 @@
+"""Recipe files as plain mappings: YAML 1.2 scalars, `extends` and `key=value` overrides."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import ConfigError
+
+_BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's core scalars: `1e-4` is a number and `no` is a word (`eval_strategy: no`).
+
+    PyYAML implements YAML 1.1, where the one is a text and the other is false.
+    """
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_BOOL, _FLOAT)]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_BOOL, re.compile(r"^(?:true|True|false|False)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    _FLOAT,
+    re.compile(r"^[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?$"),
+    list("-+.0123456789"),
+)
+
+
+def read_recipe_file(path: Path, readers: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Read a recipe file and the files it extends.
+
+    Args:
+        path: the file.
+        readers: the files whose `extends` led here, to notice a circle.
+
+    Raises:
+        ConfigError: a file is missing, is not a YAML mapping, or extends itself.
+    """
+    path = path.resolve()
+    if path in readers:
+        raise ConfigError(f"{path} extends itself through {readers[-1]}; change extends.")
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        reader = f" that {readers[-1]} extends" if readers else ""
+        raise ConfigError(f"Cannot read the recipe {path}{reader}: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        problem = " ".join(str(error).split())
+        raise ConfigError(f"The recipe {path} is not valid YAML: {problem}.") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds {type(values).__name__}, but a mapping is expected.")
+    base = values.pop("extends", None)
+    if base is None:
+        return values
+    if not isinstance(base, str):
+        raise ConfigError(f"extends is {base!r} in {path}, but a path is expected; change extends.")
+    return _merge(read_recipe_file(path.parent / base, (*readers, path)), values)
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set one `key=value` in `values`.
+
+    Raises:
+        ConfigError: there is no `=`, the value is not YAML, or the key leads through a plain value.
+    """
+    key, equals, text = override.partition("=")
+    if not key or not equals:
+        raise ConfigError(f"The override {override!r} is not key=value, as in optimizer.lr=1e-4.")
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"The value of the override {override!r} is no YAML; quote it."
+        ) from error
+    *parents, last = key.split(".")
+    for parent in parents:
+        values = section(values, parent)
+    values[last] = value
+
+
+def section(values: dict[str, Any], key: str) -> dict[str, Any]:
+    """The mapping under `key`, made where there is none.
+
+    Raises:
+        ConfigError: there is something under `key` that is not a mapping.
+    """
+    if values.get(key) is None:
+        values[key] = {}
+    found = values[key]
+    if not isinstance(found, dict):
+        raise ConfigError(f"{key} is {found!r}, but a mapping is expected; change {key}.")
+    return found
+
+
+def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `top` over it: sections key by key, every other value as a whole.
+
+    Values inside a section are replaced, not merged: a recipe that names its own `data.tasks` must
+    not train on its base's tasks too.
+    """
+    merged = dict(base)
+    for key, value in top.items():
+        below = merged.get(key)
+        both = isinstance(below, Mapping) and isinstance(value, Mapping)
+        merged[key] = {**below, **value} if both else value  # type: ignore[dict-item]
+    return merged
