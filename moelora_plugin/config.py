@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar, get_args
@@ -164,12 +165,16 @@ class MoeLoraConfig(PeftConfig):
                 f"top_k={self.top_k} is more than num_experts={self.num_experts}; lower top_k or raise "
                 "num_experts."
             )
-        if not 0 <= self.lora_dropout < 1:
-            raise ConfigError(f"lora_dropout={self.lora_dropout!r} must be in [0, 1).")
-        if not self.lora_alpha > 0:
-            raise ConfigError(f"lora_alpha={self.lora_alpha!r} must be positive.")
+        if not (_is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1):
+            raise ConfigError(f"lora_dropout={self.lora_dropout!r} must be a number in [0, 1).")
+        if not (_is_number(self.lora_alpha) and 0 < self.lora_alpha < math.inf):
+            raise ConfigError(f"lora_alpha={self.lora_alpha!r} must be a positive number.")
 
     def _validate_choice(self, key: str, choices: tuple[str, ...]) -> None:
         value = getattr(self, key)
         if value not in choices:
             raise ConfigError(f"{key}={value!r} must be one of {', '.join(map(repr, choices))}.")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -104,10 +104,11 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
         dtype = result.dtype
         for adapter in self.active_adapters:
             if adapter in self.moelora_A:
-                result = result + self._update(adapter, x)
+                result = result + self.update(x, adapter)
         return result.to(dtype)
 
-    def _update(self, adapter: str, x: Tensor) -> Tensor:
+    def update(self, x: Tensor, adapter: str = "default") -> Tensor:
+        """One adapter's update s * sum_i g_i(x) B_i A_i dropout(x): (..., in) to (..., out)."""
         a, b = self.moelora_A[adapter], self.moelora_B[adapter]
         x_TI = self._cast_input_dtype(x, a.dtype).reshape(-1, self.in_features)
         routing = self._router(adapter)(x_TI)
@@ -166,13 +167,12 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
         for adapter in check_adapters_to_merge(self, adapter_names) or []:
             if adapter not in self.moelora_A:
                 continue
-            weight = self._base_weight()
-            merged = weight.data + self.static_update(adapter).to(weight.dtype)
-            if safe_merge and not bool(torch.isfinite(merged).all()):
+            update = self.static_update(adapter)
+            if safe_merge and not bool(torch.isfinite(update).all()):
                 raise ExportError(
                     f"Merging adapter {adapter!r} gives NaN or infinite weights; it seems broken."
                 )
-            weight.data = merged
+            self.fold(update)
             self.merged_adapters.append(adapter)
 
     def unmerge(self) -> None:
@@ -181,8 +181,7 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         while self.merged_adapters:
             adapter = self.merged_adapters.pop()
-            weight = self._base_weight()
-            weight.data = weight.data - self.static_update(adapter).to(weight.dtype)
+            self.fold(-self.static_update(adapter))
 
     def static_update(self, adapter: str = "default", weights_E: Tensor | None = None) -> Tensor:
         """The weight update in the base weight's own layout, for fixed gates.
@@ -210,6 +209,20 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
             self.moelora_scaling[adapter],
         )
         return update_OI.T if isinstance(self.get_base_layer(), Conv1D) else update_OI
+
+    def apply_update(self, x: Tensor, update: Tensor) -> Tensor:
+        """What an update in the base weight's layout adds to the output."""
+        x = self._cast_input_dtype(x, update.dtype)
+        return x @ update if isinstance(self.get_base_layer(), Conv1D) else x @ update.T
+
+    def fold(self, update: Tensor) -> None:
+        """Add an update in the base weight's layout to the base weight, for good.
+
+        Raises:
+            ExportError: the base weight is quantised.
+        """
+        weight = self._base_weight()
+        weight.data = weight.data + update.to(weight.dtype)
 
     def _base_weight(self) -> nn.Parameter:
         weight = getattr(self.get_base_layer(), "weight", None)

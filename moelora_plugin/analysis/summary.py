@@ -1,0 +1,142 @@
+"""What an adapter on disk is, read without its base model."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from safetensors import safe_open
+
+from ..checkpoint import (
+    WEIGHTS_FILE,
+    read_adapter_config,
+    read_manifest,
+    resolve_adapter,
+    verify_weights,
+)
+from ..config import PEFT_TYPE, MoeLoraConfig
+from ..errors import AdapterError
+
+
+@dataclass(frozen=True)
+class AdapterSummary:
+    """An adapter's shape and history.
+
+    Attributes:
+        path: its folder.
+        config: its configuration.
+        modules: adapted modules by the last part of their name, and how often each occurs.
+        expert_parameters: entries of all A and B.
+        router_parameters: entries of all routers.
+        dtypes: dtypes of the stored tensors.
+        sha256: digest of the weights.
+        manifest: how it was trained, empty where PEFT alone saved it.
+    """
+
+    path: Path
+    config: MoeLoraConfig
+    modules: dict[str, int]
+    expert_parameters: int
+    router_parameters: int
+    dtypes: tuple[str, ...]
+    sha256: str
+    manifest: dict[str, Any]
+
+    def table(self) -> Group:
+        """For the terminal: the adapter, and its expert load where training logged it."""
+        config = self.config
+        rows = {
+            "adapter": str(self.path),
+            "base": str(config.base_model_name_or_path),
+            "experts": f"{config.num_experts}, top {config.top_k}, rank {config.r} each "
+            f"(total rank {config.num_experts * config.r})",
+            "scale": f"alpha {config.lora_alpha:g}" + (", rsLoRA" if config.use_rslora else ""),
+            "router": config.router,
+            "gate rescale": f"{config.gate_rescale} (scope {config.gate_rescale_scope})",
+            "modules": ", ".join(f"{name} x {count}" for name, count in self.modules.items()),
+            "parameters": f"{self.expert_parameters:,} in experts, {self.router_parameters:,} in routers",
+            "stored as": ", ".join(self.dtypes),
+            "weights sha256": self.sha256,
+        }
+        if "recipe" in self.manifest:
+            rows["trained"] = self._training()
+        head = Table(show_header=False, box=None, pad_edge=False)
+        for name, value in rows.items():
+            head.add_row(f"[bold]{name}[/bold]", value)
+        return Group(head, *self._load_table())
+
+    def _training(self) -> str:
+        """One line of what the manifest says about the run."""
+        recipe = self.manifest["recipe"]
+        tasks = recipe["data"]["tasks"]
+        return (
+            f"on {', '.join(tasks)} with {recipe['optimizer']['name']}, {self.manifest['steps']} steps, "
+            f"final mean loss {self.manifest['train_loss']:.4f}"
+        )
+
+    def _load_table(self) -> list[Table]:
+        routing = self.manifest.get("routing") or {}
+        if not routing:
+            return []
+        table = Table(title="Expert load (share of selections)", title_justify="left")
+        for column in ("layer", "least", "most", "unused", "entropy / log E"):
+            table.add_column(column, justify="left" if column == "layer" else "right")
+        for name, layer in routing.items():
+            load = layer["load"]
+            uniform = math.log(len(load)) if len(load) > 1 else 1.0
+            table.add_row(
+                name,
+                f"{min(load):.3f}",
+                f"{max(load):.3f}",
+                str(sum(share == 0 for share in load)),
+                f"{layer['entropy'] / uniform:.3f}",
+            )
+        return [table]
+
+
+def inspect_adapter(path: Path | str) -> AdapterSummary:
+    """Read an adapter's files and check them.
+
+    Raises:
+        AdapterError: damaged, or not a MoE-LoRA adapter.
+        MissingDependencyError: not a folder, and the hub cannot be reached.
+    """
+    folder = resolve_adapter(path)
+    content = read_adapter_config(folder)
+    if content.get("peft_type") != PEFT_TYPE:
+        raise AdapterError(
+            f"{folder} is a {content.get('peft_type')} adapter; `moelora inspect` reads {PEFT_TYPE} only."
+        )
+    digest = verify_weights(folder)
+    modules: Counter[str] = Counter()
+    experts = routers = 0
+    dtypes = set()
+    with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+        for key in sorted(file.keys()):
+            tensor = file.get_slice(key)
+            dtypes.add(str(tensor.get_dtype()))
+            size = math.prod(tensor.get_shape())
+            module, found, parameter = key.partition(".moelora_")
+            if not found:
+                continue
+            if parameter == "A":
+                modules[module.rpartition(".")[2]] += 1
+            if parameter.startswith("router"):
+                routers += size
+            else:
+                experts += size
+    return AdapterSummary(
+        path=folder,
+        config=MoeLoraConfig.from_pretrained(str(folder)),
+        modules=dict(modules),
+        expert_parameters=experts,
+        router_parameters=routers,
+        dtypes=tuple(sorted(dtypes)),
+        sha256=digest,
+        manifest=read_manifest(folder),
+    )

@@ -1,0 +1,153 @@
+"""Model cards: what a folder holds, how it came about, how to load it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from ..checkpoint import WEIGHTS_FILE
+from ..errors import ConfigError
+from ..files import sha256_of
+from .merged import Merge
+
+_PAPER = "[A Stronger Mixture of Low-Rank Experts](https://arxiv.org/abs/2502.15828) (ICML 2025)"
+
+
+def read_scores(eval_file: Path | str | None, adapter: Path) -> dict[str, Any]:
+    """The tasks of a `moelora_eval.json`, if it was made with this adapter.
+
+    Raises:
+        ConfigError: no such file, not such a file, or the scores of other weights.
+    """
+    if eval_file is None:
+        return {}
+    path = Path(eval_file)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        tasks: dict[str, Any] = content["tasks"]
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"--eval-file {path} is not a moelora_eval.json; make one with moelora eval."
+        ) from error
+    measured = content.get("adapter", {}).get("sha256", {}).get(WEIGHTS_FILE)
+    if measured is not None and measured != sha256_of(adapter / WEIGHTS_FILE):
+        raise ConfigError(
+            f"--eval-file {path} holds the scores of other weights; evaluate this adapter again."
+        )
+    return tasks
+
+
+def adapter_card(
+    config: Mapping[str, Any], manifest: Mapping[str, Any], scores: Mapping[str, Any]
+) -> str:
+    """The card of a shared adapter."""
+    base = _public_base(config.get("base_model_name_or_path"))
+    facts = {
+        "Base": f"`{base}`",
+        "Experts": f"{config['num_experts']} per module, top {config['top_k']}, rank "
+        f"{config['r']} each, alpha {config['lora_alpha']}",
+        "Router": config["router"],
+        "Gate rescaling": f"{config['gate_rescale']} (scope {config['gate_rescale_scope']})",
+        "Target modules": _listing(config.get("target_modules")),
+        **_training(manifest),
+    }
+    return _card(
+        base,
+        "peft",
+        "# MoE-LoRA adapter",
+        f"A mixture of LoRA experts, after {_PAPER}, made with moelora.",
+        _facts(facts),
+        _scores(scores),
+        "## Load it\n\n```python\nimport moelora_plugin  # pip install moelora: PEFT learns the type "
+        "MOELORA\nfrom peft import AutoPeftModelForCausalLM\n\nmodel = "
+        'AutoPeftModelForCausalLM.from_pretrained("THIS_REPOSITORY")\n```\n\nWithout the package PEFT '
+        "answers `KeyError: 'MOELORA'`; the adapter never loads as something else. The gates follow the "
+        "input, so it cannot be merged exactly; `moelora export --to merged --strategy mean-gate` "
+        "writes an approximation.",
+    )
+
+
+def merged_card(
+    base: str, merge: Merge, manifest: Mapping[str, Any], scores: Mapping[str, Any]
+) -> str:
+    """The card of a merged checkpoint."""
+    if merge.strategy == "exact":
+        how = "The adapter's gates do not depend on the input, so this checkpoint equals it up to rounding."
+    else:
+        how = (
+            "Every expert has its mean gate over calibration text, so this checkpoint **approximates** "
+            f"the adapter: the relative error of the logits there is {merge.logit_error:.4f}, and that of "
+            f"a layer's update up to {max(merge.layer_errors.values(), default=0.0):.4f}. Scores of the "
+            "adapter are not scores of this checkpoint."
+        )
+    return _card(
+        _public_base(base),
+        "transformers",
+        "# Merged MoE-LoRA checkpoint",
+        f"A MoE-LoRA adapter (after {_PAPER}) folded into its base with moelora, strategy "
+        f"`{merge.strategy}`. {how}",
+        _facts({"Base": f"`{_public_base(base)}`", **_training(manifest)}),
+        _scores(scores, title="Scores of the unmerged adapter"),
+        "## Load it\n\n```python\nfrom transformers import AutoModelForCausalLM\n\nmodel = "
+        'AutoModelForCausalLM.from_pretrained("THIS_REPOSITORY")\n```',
+    )
+
+
+def _card(base: str, library: str, *parts: str) -> str:
+    # A base that is a folder has no page on the hub to link to.
+    linked = base if "/" in base and not os.path.isdir(base) else None
+    data = ModelCardData(
+        base_model=linked, library_name=library, tags=["moelora", "lora", "mixture-of-experts"]
+    )
+    return "\n\n".join([f"---\n{data.to_yaml()}\n---", *(part for part in parts if part)]) + "\n"
+
+
+def _public_base(base: Any) -> str:
+    """A hub id as it is; of a folder only its name, since its path is nobody else's business."""
+    name = str(base or "unknown")
+    return Path(name).name if os.path.isdir(name) or os.path.isabs(name) else name
+
+
+def _listing(value: Any) -> str:
+    return f"`{value}`" if isinstance(value, str) else ", ".join(f"`{v}`" for v in value or [])
+
+
+def _training(manifest: Mapping[str, Any]) -> dict[str, str]:
+    recipe = manifest.get("recipe")
+    if not recipe:
+        return {}
+    optimizer = recipe["optimizer"]
+    return {
+        "Trained on": _listing(list(recipe["data"]["tasks"])),
+        "Optimizer": f"{optimizer['name']}, lr {optimizer['lr']:g}, gate lr {optimizer['gate_lr']:g}",
+        "Steps": f"{manifest['steps']}",
+        "Trainable parameters": f"{manifest['trainable_parameters']:,}",
+    }
+
+
+def _facts(facts: Mapping[str, Any]) -> str:
+    return "| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in facts.items())
+
+
+def _scores(scores: Mapping[str, Any], title: str = "Scores") -> str:
+    if not scores:
+        return ""
+    rows = []
+    for task, result in scores.items():
+        for metric, estimate in result["metrics"].items():
+            base = result.get("base", {}).get(metric)
+            rows.append(
+                f"| {task} | {result['n']} | {metric} | {_points(base) if base else ''} | "
+                f"{_points(estimate)} |"
+            )
+    head = "| task | rows | metric | base | adapter |\n|---|---|---|---|---|\n"
+    return f"## {title}\n\nPoints (x 100) with standard errors.\n\n{head}" + "\n".join(rows)
+
+
+def _points(estimate: Mapping[str, float]) -> str:
+    return f"{100 * estimate['value']:.2f} ± {100 * estimate['stderr']:.2f}"

@@ -1,0 +1,226 @@
+"""`export_adapter`: from a saved adapter to a folder somebody else can use."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from rich.console import Group
+from rich.table import Table
+from transformers import AutoConfig
+
+from ..base_model import resolve_dtype
+from ..checkpoint import (
+    CONFIG_FILE,
+    MANIFEST_FILE,
+    WEIGHTS_FILE,
+    load_adapter,
+    read_adapter_config,
+    read_manifest,
+    resolve_adapter,
+    verify_weights,
+)
+from ..errors import ConfigError, MissingDependencyError
+from ..files import atomic_directory, refuse_existing, write_json, write_text
+from .card import adapter_card, merged_card, read_scores
+from .merged import STRATEGIES, Merge, calibration_texts, merge_exact, merge_mean_gate
+
+TARGETS = ("safetensors", "merged")
+EXPORT_FILE = "moelora_export.json"
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What was written.
+
+    Attributes:
+        out: the folder.
+        to: "safetensors" or "merged".
+        files: names of the files in it.
+        merge: how a merge went; None for safetensors.
+        url: where it was pushed to, or None.
+    """
+
+    out: Path
+    to: str
+    files: tuple[str, ...]
+    merge: Merge | None = None
+    url: str | None = None
+    _errors_shown: int = field(default=8, repr=False)
+
+    def table(self) -> Group:
+        """For the terminal: what was written and, for an approximation, how far off it is."""
+        head = Table(show_header=False, box=None, pad_edge=False)
+        head.add_row("[bold]written[/bold]", str(self.out))
+        head.add_row("[bold]files[/bold]", ", ".join(self.files))
+        if self.url:
+            head.add_row("[bold]pushed to[/bold]", self.url)
+        if self.merge is None:
+            return Group(head)
+        head.add_row("[bold]strategy[/bold]", self.merge.strategy)
+        if not self.merge.layer_errors:
+            return Group(head)
+        head.add_row("[bold]relative error, logits[/bold]", f"{self.merge.logit_error:.4f}")
+        errors = Table(title="Relative error of the update, worst layers", title_justify="left")
+        errors.add_column("layer")
+        errors.add_column("error", justify="right")
+        worst = sorted(self.merge.layer_errors.items(), key=lambda item: -item[1])
+        for name, error in worst[: self._errors_shown]:
+            errors.add_row(name, f"{error:.4f}")
+        return Group(head, errors)
+
+
+def export_adapter(
+    adapter: Path | str,
+    out: Path | str,
+    *,
+    to: str = "safetensors",
+    strategy: str = "exact",
+    base: str | None = None,
+    eval_file: Path | str | None = None,
+    calibration_tasks: Sequence[str] = (),
+    data_dir: str | None = None,
+    push_to_hub: str | None = None,
+    overwrite: bool = False,
+    dtype: str = "auto",
+) -> ExportResult:
+    """Write an adapter for sharing, or merged into its base.
+
+    Args:
+        adapter: folder or hub id of a saved adapter.
+        out: folder to make; written whole or not at all.
+        to: "safetensors" (the adapter and a model card) or "merged" (a full checkpoint).
+        strategy: for "merged". "exact": only where the gates do not depend on the input. "mean-gate":
+            every expert gets its mean gate over calibration text, and the error is reported.
+        base: folder or hub id of the base, where it is not the adapter's own.
+        eval_file: a `moelora_eval.json` whose scores go on the card.
+        calibration_tasks: tasks whose training rows mean-gate averages over; by default those the
+            adapter was trained on.
+        data_dir: local data for them.
+        push_to_hub: repository to upload the folder to.
+        overwrite: replace what `out` holds.
+        dtype: of a merged checkpoint: "auto" is the base's own.
+
+    Raises:
+        AdapterError: the adapter is damaged or belongs to another base.
+        ExportError: an exact merge of gates that follow the input.
+        ConfigError: unknown `to` or `strategy`, or `out` holds something.
+        MissingDependencyError: base, data or hub cannot be reached.
+    """
+    if to not in TARGETS:
+        raise ConfigError(f"--to {to} must be one of {', '.join(TARGETS)}.")
+    if strategy not in STRATEGIES:
+        raise ConfigError(f"--strategy {strategy} must be one of {', '.join(STRATEGIES)}.")
+    refuse_existing(out, overwrite=overwrite)
+    source = resolve_adapter(adapter)
+    scores = read_scores(eval_file, source)
+    if to == "safetensors":
+        merge = None
+        _write_adapter(source, Path(out), scores, base=base, overwrite=overwrite)
+    else:
+        merge = _write_merged(
+            source,
+            Path(out),
+            scores,
+            strategy=strategy,
+            base=base,
+            tasks=calibration_tasks,
+            data_dir=data_dir,
+            overwrite=overwrite,
+            dtype=dtype,
+        )
+    return ExportResult(
+        out=Path(out),
+        to=to,
+        files=tuple(sorted(file.name for file in Path(out).iterdir())),
+        merge=merge,
+        url=_push(Path(out), push_to_hub) if push_to_hub else None,
+    )
+
+
+def _write_adapter(
+    source: Path, out: Path, scores: dict[str, Any], *, base: str | None, overwrite: bool
+) -> None:
+    verify_weights(source)
+    config = read_adapter_config(source)
+    with atomic_directory(out, overwrite=overwrite) as folder:
+        # Everything that belongs to the adapter; what else lies in a checkpoint folder (optimizer state,
+        # the trainer's state) stays behind.
+        for file in source.iterdir():
+            if _is_shared(file.name):
+                shutil.copy2(file, folder / file.name)
+        if base is not None:
+            config["base_model_name_or_path"] = base
+            write_json(folder / CONFIG_FILE, config)
+        write_text(folder / "README.md", adapter_card(config, read_manifest(source), scores))
+
+
+def _is_shared(name: str) -> bool:
+    return name in {CONFIG_FILE, WEIGHTS_FILE, MANIFEST_FILE} or name.startswith(
+        ("tokenizer", "special_tokens", "vocab", "merges", "chat_template", "added_tokens")
+    )
+
+
+def _write_merged(
+    source: Path,
+    out: Path,
+    scores: dict[str, Any],
+    *,
+    strategy: str,
+    base: str | None,
+    tasks: Sequence[str],
+    data_dir: str | None,
+    overwrite: bool,
+    dtype: str,
+) -> Merge:
+    manifest = read_manifest(source)
+    # Fold in fp32 and round once at the end, into the dtype the base is published in.
+    model, tokenizer = load_adapter(source, base=base, dtype="float32")
+    if strategy == "exact":
+        merge = merge_exact(model)
+    else:
+        texts = calibration_texts(tasks or manifest.get("recipe", {}).get("data", {}).get("tasks", ()), data_dir)
+        merge = merge_mean_gate(model, tokenizer, texts)
+    name = base or str(model.peft_config["default"].base_model_name_or_path)
+    merged = model.unload().to(_published_dtype(name, dtype))
+    record = {
+        "strategy": merge.strategy,
+        "logit_error": merge.logit_error,
+        "layer_errors": merge.layer_errors,
+        "adapter_sha256": verify_weights(source),
+        "base": name,
+    }
+    merged.config.moelora_export = {k: v for k, v in record.items() if k != "layer_errors"}
+    with atomic_directory(out, overwrite=overwrite) as folder:
+        merged.save_pretrained(str(folder))
+        tokenizer.save_pretrained(str(folder))
+        write_json(folder / EXPORT_FILE, record)
+        write_text(folder / "README.md", merged_card(name, merge, manifest, scores))
+    return merge
+
+
+def _published_dtype(base: str, dtype: str) -> torch.dtype:
+    if dtype != "auto":
+        resolved = resolve_dtype(dtype, "cpu")
+    else:
+        resolved = AutoConfig.from_pretrained(base).dtype or torch.float32
+    assert isinstance(resolved, torch.dtype)  # "auto" alone resolves to a string
+    return resolved
+
+
+def _push(folder: Path, repository: str) -> str:
+    api = HfApi()
+    try:
+        api.create_repo(repository, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=str(folder))
+    except Exception as error:  # the HTTP client behind huggingface_hub, and so its errors, vary
+        raise MissingDependencyError(
+            f"{folder} is written, but pushing it to {repository!r} failed "
+            f"({error}); log in with `hf auth login` and check the name."
+        ) from error
+    return f"https://huggingface.co/{repository}"
