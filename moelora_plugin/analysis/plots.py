@@ -36,36 +36,50 @@ def plot_loss(log_history: Sequence[Mapping[str, Any]], out: Path, title: str) -
 
 
 def plot_expert_load(routing: Mapping[str, Mapping[str, Any]], out: Path, title: str) -> Path:
-    """A heat map of layers x experts: each expert's share of the selections, 1 being the fair share.
+    """Heat maps of layers x experts, one for each kind of module ("q_proj", ...).
+
+    The colour is an expert's share of the selections over the fair share 1/E: white is 1.
 
     Args:
-        routing: `RoutingStatistics.to_dict()`; layers may have different numbers of experts.
+        routing: `RoutingStatistics.to_dict()`; modules may have different numbers of experts.
         out: the PNG to write.
         title: what was measured.
     """
-    rows = [[share * len(layer["load"]) for share in layer["load"]] for layer in routing.values()]
-    width = max(map(len, rows))
-    grid = [row + [float("nan")] * (width - len(row)) for row in rows]
-    labels = [_short(name) for name in routing]
-    figure = _figure(7.2, max(3.0, 0.11 * len(labels) + 1.2))
-    axes = figure.subplots()
-    image = axes.imshow(grid, aspect="auto", cmap="RdBu_r", vmin=0.0, vmax=2.0)
-    axes.set(xlabel="expert", title=title)
-    axes.set_xticks(range(width))
-    # A label for every row would overlap on deep models.
-    stride = max(1, len(labels) // 30)
-    axes.set_yticks(range(0, len(labels), stride), labels[::stride])
-    axes.tick_params(labelsize=6)
-    colorbar = figure.colorbar(image, ax=axes, extend="max")
+    kinds: dict[str, dict[str, list[float]]] = {}
+    for name in sorted(routing, key=_natural):
+        load = routing[name]["load"]
+        kind = kinds.setdefault(name.rpartition(".")[2], {})
+        kind[_layer_label(name)] = [share * len(load) for share in load]
+    deepest = max(map(len, kinds.values()))
+    figure = _figure(1.2 + 2.2 * len(kinds), 1.4 + 0.11 * max(deepest, 10))
+    figure.suptitle(title)
+    grid = figure.subplots(1, len(kinds), squeeze=False)[0]
+    for axes, (kind, rows) in zip(grid, kinds.items(), strict=True):
+        width = max(map(len, rows.values()))
+        cells = [row + [float("nan")] * (width - len(row)) for row in rows.values()]
+        image = axes.imshow(cells, aspect="auto", cmap="RdBu_r", vmin=0.0, vmax=2.0)
+        axes.set_title(kind, fontsize=9)
+        axes.set_xlabel("expert", fontsize=8)
+        # A label for every row or column would overlap on deep models.
+        axes.set_xticks(range(0, width, max(1, width // 5)))
+        step = max(1, len(rows) // 15)
+        axes.set_yticks(range(0, len(rows), step), list(rows)[::step])
+        axes.tick_params(labelsize=7)
+    grid[0].set_ylabel("layer", fontsize=8)
+    colorbar = figure.colorbar(image, ax=list(grid), extend="max")
     colorbar.set_label("load over fair share", fontsize=8)
     return _save(figure, out)
 
 
-def _short(name: str) -> str:
-    """Layer index and module of a dotted name: "12 q_proj"."""
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sort key under which layer 2 comes before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def _layer_label(name: str) -> str:
+    """The layer's index in a dotted name, or all of the name but the module where it has none."""
     parts = name.split(".")
-    index = next((part for part in parts if part.isdigit()), "")
-    return f"{index} {parts[-1]}".strip()
+    return next((part for part in parts if part.isdigit()), ".".join(parts[:-1]))
 
 
 def _figure(width: float, height: float) -> Figure:
