@@ -1,9 +1,9 @@
 """Adapters on disk: PEFT's two files plus a manifest, written whole or not at all, checked when read.
 
-    adapter_config.json        PEFT's
-    adapter_model.safetensors  PEFT's
-    moelora.json               manifest: sha256 of the weights, fingerprint of the base, how it was trained
-    tokenizer files            where one was given
+adapter_config.json        PEFT's
+adapter_model.safetensors  PEFT's
+moelora.json               manifest: sha256 of the weights, fingerprint of the base, how it was trained
+tokenizer files            where one was given
 """
 
 from __future__ import annotations
@@ -265,9 +265,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise AdapterError(f"{path} is not valid JSON ({_first_line(error)}); save it again.") from error
+        raise AdapterError(
+            f"{path} is not valid JSON ({_first_line(error)}); save it again."
+        ) from error
     if not isinstance(content, dict):
-        raise AdapterError(f"{path} holds a {type(content).__name__}, not an object; save it again.")
+        raise AdapterError(
+            f"{path} holds a {type(content).__name__}, not an object; save it again."
+        )
     return content
 
 

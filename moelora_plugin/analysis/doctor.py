@@ -85,7 +85,7 @@ def _registration() -> Finding:
     except Exception as error:  # whatever is wrong, the report must say it and go on
         return Finding(name, "missing", str(error), "pip install 'peft>=0.18.1,<=0.21.2'")
     tuner = PEFT_TYPE_TO_TUNER_MAPPING["MOELORA"]
-    return Finding(name, "ok", f"registered as {tuner.__module__}.{tuner.__name__}")
+    return Finding(name, "ok", f"registered, tuner {tuner.__name__}")
 
 
 def _autoload() -> Finding:
@@ -96,7 +96,12 @@ def _autoload() -> Finding:
     )
     if autoload.failures:
         module, trace = next(iter(autoload.failures.items()))
-        return Finding(name, "missing", f"hook on {module} failed: {trace.splitlines()[-1]}")
+        return Finding(
+            name,
+            "missing",
+            f"hook on {module} failed: {trace.splitlines()[-1]}",
+            "write `import moelora_plugin` in your script, and report it",
+        )
     if not autoload.enabled():
         return Finding(
             name,

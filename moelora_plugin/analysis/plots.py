@@ -31,7 +31,8 @@ def plot_loss(log_history: Sequence[Mapping[str, Any]], out: Path, title: str) -
             axes.plot(*zip(*points, strict=True), label=label, **style)
     axes.set(xlabel="step", ylabel="loss on the answer (nats per token)", title=title)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    if axes.lines:  # a run shorter than logging_steps has logged no loss
+        axes.legend(frameon=False)
     return _save(figure, out)
 
 
@@ -45,25 +46,26 @@ def plot_expert_load(routing: Mapping[str, Mapping[str, Any]], out: Path, title:
         out: the PNG to write.
         title: what was measured.
     """
-    kinds: dict[str, dict[str, list[float]]] = {}
+    kinds: dict[str, list[tuple[str, list[float]]]] = {}
     for name in sorted(routing, key=_natural):
         load = routing[name]["load"]
-        kind = kinds.setdefault(name.rpartition(".")[2], {})
-        kind[_layer_label(name)] = [share * len(load) for share in load]
+        row = (_layer_label(name), [share * len(load) for share in load])
+        kinds.setdefault(name.rpartition(".")[2], []).append(row)
     deepest = max(map(len, kinds.values()))
     figure = _figure(1.2 + 2.2 * len(kinds), 1.4 + 0.11 * max(deepest, 10))
     figure.suptitle(title)
     grid = figure.subplots(1, len(kinds), squeeze=False)[0]
     for axes, (kind, rows) in zip(grid, kinds.items(), strict=True):
-        width = max(map(len, rows.values()))
-        cells = [row + [float("nan")] * (width - len(row)) for row in rows.values()]
+        labels, shares = zip(*rows, strict=True)
+        width = max(map(len, shares))
+        cells = [row + [float("nan")] * (width - len(row)) for row in shares]
         image = axes.imshow(cells, aspect="auto", cmap="RdBu_r", vmin=0.0, vmax=2.0)
         axes.set_title(kind, fontsize=9)
         axes.set_xlabel("expert", fontsize=8)
         # A label for every row or column would overlap on deep models.
         axes.set_xticks(range(0, width, max(1, width // 5)))
         step = max(1, len(rows) // 15)
-        axes.set_yticks(range(0, len(rows), step), list(rows)[::step])
+        axes.set_yticks(range(0, len(rows), step), labels[::step])
         axes.tick_params(labelsize=7)
     grid[0].set_ylabel("layer", fontsize=8)
     colorbar = figure.colorbar(image, ax=list(grid), extend="max")

@@ -5,6 +5,7 @@ Shape suffixes: T tokens, E experts.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -37,7 +38,8 @@ class LayerCounts:
 
     def add(self, routing: Routing, real_T: Tensor | None) -> None:
         """Count one forward pass; `real_T` is True where the token is not padding."""
-        probs_TE, weights_TE = routing.probs, routing.weights
+        # On the CPU, because not every accelerator has float64.
+        probs_TE, weights_TE = routing.probs.cpu(), routing.weights.cpu()
         if real_T is not None:
             probs_TE, weights_TE = probs_TE[real_T], weights_TE[real_T]
         finite_T = weights_TE.isfinite().all(-1)
@@ -46,8 +48,8 @@ class LayerCounts:
         if not self.tokens:
             self.selected_E = self.weight_E = torch.zeros(weights_TE.shape[-1], dtype=torch.double)
         self.tokens += len(weights_TE)
-        self.selected_E = self.selected_E + (weights_TE > 0).sum(0).cpu()
-        self.weight_E = self.weight_E + weights_TE.sum(0).cpu()
+        self.selected_E = self.selected_E + (weights_TE > 0).sum(0)
+        self.weight_E = self.weight_E + weights_TE.sum(0)
         self.entropy += float(torch.special.entr(probs_TE).sum())
 
     def summary(self) -> dict[str, Any]:
@@ -83,9 +85,7 @@ class RoutingStatistics:
 
 
 @contextmanager
-def routing_statistics(
-    model: nn.Module, adapter: str = "default"
-) -> Iterator[RoutingStatistics]:
+def routing_statistics(model: nn.Module, adapter: str = "default") -> Iterator[RoutingStatistics]:
     """Record which experts `model` uses inside the block.
 
         with routing_statistics(model) as stats:
@@ -94,7 +94,8 @@ def routing_statistics(
 
     Padding is left out: the attention mask of each call to the base model is found by name among its
     arguments. A recomputation under activation checkpointing is not counted twice, because the counts are
-    taken when the model's forward returns. Works through `generate` as well.
+    taken when the model's forward returns. Works through `generate` as well. A layer that runs several times
+    in one forward is counted for the last of them.
 
     Args:
         model: a model with MoE-LoRA layers, wrapped or not.
@@ -104,21 +105,33 @@ def routing_statistics(
     stats = RoutingStatistics()
     base = _base_of(model)
 
+    def forget(module: nn.Module, args: Any) -> None:
+        # What a recomputation or a forward that failed has left behind.
+        for layer in layers.values():
+            layer.last_routing.clear()
+
     def count(module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
-        mask = kwargs.get("attention_mask")
+        real_T = _real_tokens({**dict(zip(names, args, strict=False)), **kwargs})
         for name, layer in layers.items():
             routing = layer.last_routing.pop(adapter, None)
             if routing is not None:
+                # Layers that see other tokens (a vision tower, a pooled sequence) have no mask.
+                masked = real_T is not None and len(real_T) == len(routing.weights)
                 counts = stats.layers.setdefault(name, LayerCounts())
-                counts.add(routing, _real_tokens(mask, len(routing.weights)))
+                counts.add(routing, real_T if masked else None)
 
-    handle = base.register_forward_hook(count, with_kwargs=True)
+    names = list(inspect.signature(base.forward).parameters)
+    handles = (
+        base.register_forward_pre_hook(forget),
+        base.register_forward_hook(count, with_kwargs=True),
+    )
     for layer in layers.values():
         layer.record_routing = True
     try:
         yield stats
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
         for layer in layers.values():
             layer.record_routing = False
             layer.last_routing.clear()
@@ -131,15 +144,14 @@ def _base_of(model: nn.Module) -> nn.Module:
     return base
 
 
-def _real_tokens(mask: Any, tokens: int) -> Tensor | None:
-    """Which of a layer's T tokens are real, or None where the mask does not speak of them.
+def _real_tokens(arguments: Mapping[str, Any]) -> Tensor | None:
+    """Which of the T tokens of a call are real, or None where no mask says so.
 
-    With a cache the mask covers the past as well: its last columns are the current tokens. Layers that see
-    other tokens (a vision tower, a pooled sequence) have no mask.
+    With a cache the mask covers the past as well: its last columns are the current tokens.
     """
-    if not isinstance(mask, Tensor) or mask.ndim != 2 or not len(mask):
+    mask = arguments.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
         return None
-    length, rest = divmod(tokens, len(mask))
-    if rest or length > mask.shape[1]:
-        return None
-    return mask[:, mask.shape[1] - length :].bool().flatten()
+    inputs = (arguments.get(name) for name in ("input_ids", "inputs_embeds"))
+    length = next((i.shape[1] for i in inputs if isinstance(i, Tensor)), mask.shape[1])
+    return mask[:, mask.shape[1] - length :].bool().flatten().cpu()

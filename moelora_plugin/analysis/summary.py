@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Group
+from rich.markup import escape
 from rich.table import Table
 from safetensors import safe_open
 
@@ -67,7 +68,7 @@ class AdapterSummary:
             rows["trained"] = self._training()
         head = Table(show_header=False, box=None, pad_edge=False)
         for name, value in rows.items():
-            head.add_row(f"[bold]{name}[/bold]", value)
+            head.add_row(f"[bold]{name}[/bold]", escape(value))
         return Group(head, *self._load_table())
 
     def _training(self) -> str:

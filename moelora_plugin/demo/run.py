@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ..analysis.plots import plot_expert_load, plot_loss
 from ..checkpoint import read_manifest
+from ..errors import ConfigError
 from ..evaluation import EvaluationReport, EvaluationRequest, evaluate
 from ..export import export_adapter
 from ..files import refuse_existing
@@ -51,20 +53,24 @@ class DemoResult:
         assert measured.base is not None and measured.difference is not None
         low, high = measured.difference.interval
         table = Table(title="moelora demo", show_header=False)
-        table.add_row("Data", self.data)
+        table.add_row("Data", escape(self.data))
         table.add_row("Accuracy, base", f"{100 * measured.base['acc'].value:.1f} % of {measured.n}")
-        table.add_row("Accuracy, adapter", f"[bold]{100 * measured.metrics['acc'].value:.1f} %[/bold]")
+        table.add_row(
+            "Accuracy, adapter", f"[bold]{100 * measured.metrics['acc'].value:.1f} %[/bold]"
+        )
         table.add_row(
             "Difference",
             f"{100 * measured.difference.value:+.1f} points, 95 % interval "
             f"{100 * low:+.1f} to {100 * high:+.1f}",
         )
-        table.add_row("Time", f"{self.training.seconds:.0f} s training, {self.seconds:.0f} s in all")
+        table.add_row(
+            "Time", f"{self.training.seconds:.0f} s training, {self.seconds:.0f} s in all"
+        )
         table.add_row("Trainable parameters", f"{self.training.trainable_parameters:,}")
-        table.add_row("Adapter to share", str(self.exported))
-        table.add_row("Scores", str(self.evaluation.path))
+        table.add_row("Adapter to share", escape(str(self.exported)))
+        table.add_row("Scores", escape(str(self.evaluation.path)))
         for picture in self.pictures:
-            table.add_row("Picture", str(picture))
+            table.add_row("Picture", escape(str(picture)))
         return table
 
 
@@ -86,11 +92,13 @@ def run_demo(
         seed: seeds everything.
 
     Raises:
-        ConfigError: `out` holds something.
+        ConfigError: `out` holds something, or there are no steps to train.
         MissingDependencyError: no base model can be had.
     """
     out = Path(out)
     began = time.perf_counter()
+    if steps is not None and steps < 1:  # transformers would take 0 for "as the epochs say"
+        raise ConfigError(f"steps is {steps}, expected at least 1; change --steps.")
     refuse_existing(out, overwrite=overwrite)
     console = Console(stderr=True)
 
@@ -98,12 +106,13 @@ def run_demo(
     from_hub = hub_reachable()
     base = base_model(from_hub)
     folder, source = sst2_folder(data_dir, from_hub, out)
-    console.print(f"base: {base}\ndata: {source}")
+    console.print(f"base: {base}\ndata: {source}", markup=False, highlight=False, soft_wrap=True)
 
     console.rule("2/4  training")
     overrides = [f"model.name={base}", f"seed={seed}"]
     if steps is not None:
-        overrides.append(f"training.max_steps={steps}")
+        # At least one point for the loss curve.
+        overrides += [f"training.max_steps={steps}", f"training.logging_steps={min(steps, 5)}"]
     recipe = load_recipe(_RECIPE, overrides, data_dir=folder, output_dir=out / "run")
     trained = train(recipe, overwrite=overwrite)
 
@@ -122,9 +131,7 @@ def run_demo(
     )
 
     console.rule("4/4  export")
-    export_adapter(
-        trained.adapter_dir, out / "adapter", eval_file=report.path, overwrite=overwrite
-    )
+    export_adapter(trained.adapter_dir, out / "adapter", eval_file=report.path, overwrite=overwrite)
     routing = read_manifest(trained.adapter_dir)["routing"]
     pictures = (
         plot_loss(trained.log_history, out / "loss.png", "SST-2, gRAdamW 20/10/4"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 from pathlib import Path
 
@@ -29,7 +30,9 @@ def hub_reachable() -> bool:
     """Whether the hub answers, asked once about the demo's own model (a download would retry for long)."""
     try:
         HfApi().model_info(HUB_MODEL, timeout=_HUB_TIMEOUT)
-    except Exception:  # the HTTP client behind huggingface_hub, and so its errors, vary with the release
+    except (
+        Exception
+    ):  # the HTTP client behind huggingface_hub, and so its errors, vary with the release
         return False
     return True
 
@@ -54,8 +57,10 @@ def sst2_folder(data_dir: str | None, from_hub: bool, out: Path) -> tuple[str | 
     folder = out / "data" / "glue_sst2"
     folder.mkdir(parents=True, exist_ok=True)
     for split in ("train", "validation"):
-        rows = Dataset.from_json(str(_SAMPLE / f"sst2_sample_{split}.jsonl"), cache_dir=str(out / "data"))
-        rows.to_parquet(str(folder / f"{split}.parquet"))
+        lines = (_SAMPLE / f"sst2_sample_{split}.jsonl").read_text(encoding="utf-8").splitlines()
+        Dataset.from_list([json.loads(line) for line in lines]).to_parquet(
+            folder / f"{split}.parquet"
+        )
     return str(out / "data"), "the shipped sample (its scores are not SST-2 scores)"
 
 

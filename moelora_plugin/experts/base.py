@@ -16,7 +16,9 @@ class ExpertKind(ABC):
     """How A and B are shaped, mixed, taken apart and folded into one weight."""
 
     @abstractmethod
-    def shapes(self, plan: LayerPlan, in_features: int, out_features: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    def shapes(
+        self, plan: LayerPlan, in_features: int, out_features: int
+    ) -> tuple[tuple[int, int], tuple[int, int]]:
         """Shapes of A and B."""
 
     @abstractmethod
@@ -38,5 +40,7 @@ class ExpertKind(ABC):
         """Views (A_i, B_i), one pair per expert."""
 
     @abstractmethod
-    def static_update(self, a: Tensor, b: Tensor, weights_E: Tensor, plan: LayerPlan, scaling: float) -> Tensor:
+    def static_update(
+        self, a: Tensor, b: Tensor, weights_E: Tensor, plan: LayerPlan, scaling: float
+    ) -> Tensor:
         """The weight update (O, I) for gates that do not depend on the input."""

@@ -18,7 +18,9 @@ from .base import ExpertKind
 class LoraExperts(ExpertKind):
     """E_i(x) = s B_i A_i x (arXiv 2502.15828, eq. 8)."""
 
-    def shapes(self, plan: LayerPlan, in_features: int, out_features: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    def shapes(
+        self, plan: LayerPlan, in_features: int, out_features: int
+    ) -> tuple[tuple[int, int], tuple[int, int]]:
         """A is (R, I), B is (O, R)."""
         return (plan.total_rank, in_features), (out_features, plan.total_rank)
 
@@ -43,7 +45,9 @@ class LoraExperts(ExpertKind):
         blocks = [slice(stop - rank, stop) for stop, rank in zip(stops, plan.ranks, strict=True)]
         return [(a[block], b[:, block]) for block in blocks]
 
-    def static_update(self, a: Tensor, b: Tensor, weights_E: Tensor, plan: LayerPlan, scaling: float) -> Tensor:
+    def static_update(
+        self, a: Tensor, b: Tensor, weights_E: Tensor, plan: LayerPlan, scaling: float
+    ) -> Tensor:
         """S * B diag(spread(g)) A."""
         owners = _expert_of_rank(plan.ranks, a.device)
         return (b * weights_E.to(b.dtype)[owners]) @ a * scaling
@@ -51,4 +55,6 @@ class LoraExperts(ExpertKind):
 
 def _expert_of_rank(ranks: tuple[int, ...], device: torch.device) -> Tensor:
     """The expert that owns each rank (R,)."""
-    return torch.tensor([expert for expert, rank in enumerate(ranks) for _ in range(rank)], device=device)
+    return torch.tensor(
+        [expert for expert, rank in enumerate(ranks) for _ in range(rank)], device=device
+    )

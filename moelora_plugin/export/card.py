@@ -22,22 +22,24 @@ def read_scores(eval_file: Path | str | None, adapter: Path) -> dict[str, Any]:
     """The tasks of a `moelora_eval.json`, if it was made with this adapter.
 
     Raises:
-        ConfigError: no such file, not such a file, or the scores of other weights.
+        ConfigError: no such file, not such a file, or the scores of something else.
     """
     if eval_file is None:
         return {}
     path = Path(eval_file)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        tasks: dict[str, Any] = content["tasks"]
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        tasks: dict[str, Any] = dict(content["tasks"])
+        measured = content.get("adapter", {}).get("sha256", {}).get(WEIGHTS_FILE)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"--eval-file {path} is not a moelora_eval.json; make one with moelora eval."
         ) from error
-    measured = content.get("adapter", {}).get("sha256", {}).get(WEIGHTS_FILE)
-    if measured is not None and measured != sha256_of(adapter / WEIGHTS_FILE):
+    if measured != sha256_of(adapter / WEIGHTS_FILE):
+        whose = "no saved adapter" if measured is None else "other weights"
         raise ConfigError(
-            f"--eval-file {path} holds the scores of other weights; evaluate this adapter again."
+            f"--eval-file {path} holds the scores of {whose}; make one with moelora eval --adapter "
+            f"{adapter}."
         )
     return tasks
 
@@ -46,7 +48,7 @@ def adapter_card(
     config: Mapping[str, Any], manifest: Mapping[str, Any], scores: Mapping[str, Any]
 ) -> str:
     """The card of a shared adapter."""
-    base = _public_base(config.get("base_model_name_or_path"))
+    base = public_base(config.get("base_model_name_or_path"))
     facts = {
         "Base": f"`{base}`",
         "Experts": f"{config['num_experts']} per module, top {config['top_k']}, rank "
@@ -86,12 +88,12 @@ def merged_card(
             "adapter are not scores of this checkpoint."
         )
     return _card(
-        _public_base(base),
+        public_base(base),
         "transformers",
         "# Merged MoE-LoRA checkpoint",
         f"A MoE-LoRA adapter (after {_PAPER}) folded into its base with moelora, strategy "
         f"`{merge.strategy}`. {how}",
-        _facts({"Base": f"`{_public_base(base)}`", **_training(manifest)}),
+        _facts({"Base": f"`{public_base(base)}`", **_training(manifest)}),
         _scores(scores, title="Scores of the unmerged adapter"),
         "## Load it\n\n```python\nfrom transformers import AutoModelForCausalLM\n\nmodel = "
         'AutoModelForCausalLM.from_pretrained("THIS_REPOSITORY")\n```',
@@ -107,7 +109,7 @@ def _card(base: str, library: str, *parts: str) -> str:
     return "\n\n".join([f"---\n{data.to_yaml()}\n---", *(part for part in parts if part)]) + "\n"
 
 
-def _public_base(base: Any) -> str:
+def public_base(base: Any) -> str:
     """A hub id as it is; of a folder only its name, since its path is nobody else's business."""
     name = str(base or "unknown")
     return Path(name).name if os.path.isdir(name) or os.path.isabs(name) else name

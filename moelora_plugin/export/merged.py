@@ -19,8 +19,8 @@ from moelora_eval_tasks.catalog import resolve
 from moelora_eval_tasks.loading import load_split
 from moelora_eval_tasks.prompts import render
 
-from ..analysis import routing_statistics
-from ..errors import ConfigError
+from ..analysis import RoutingStatistics, routing_statistics
+from ..errors import ConfigError, ExportError
 from ..layers import MoeLoraLinear
 from ..model import moelora_layers
 
@@ -63,7 +63,10 @@ def merge_mean_gate(
 ) -> Merge:
     """Give every expert its mean gate over `texts` and fold, in place.
 
-    The gates of a layer that ignores its input are taken as they are, so such an adapter merges exactly.
+    The gates of a layer that ignores its input are their own mean, so such an adapter merges exactly.
+
+    Raises:
+        ExportError: gates are NaN or infinite.
     """
     batches = [
         tokenizer(text, return_tensors="pt", truncation=True, max_length=CALIBRATION_TOKENS)
@@ -71,14 +74,13 @@ def merge_mean_gate(
     ]
     with routing_statistics(model) as statistics:
         routed_logits = [_logits(model, batch) for batch in _progress(batches, "mean gates")]
-    gates = {
-        name: torch.tensor(layer["weight"]) for name, layer in statistics.to_dict().items()
-    }
     layers = moelora_layers(model)
+    gates = _mean_gates(statistics, layers)
     updates = {name: layer.static_update(weights_E=gates[name]) for name, layer in layers.items()}
     layer_errors = _layer_errors(model, layers, updates, batches)
     for name, layer in layers.items():
         layer.fold(updates[name])
+        layer.merged_adapters.append("default")  # from here on the folded weight answers alone
     difference = reference = 0.0
     for batch, routed in zip(_progress(batches, "logit error"), routed_logits, strict=True):
         static = _logits(model, batch)
@@ -106,6 +108,22 @@ def calibration_texts(tasks: Sequence[str], data_dir: str | None) -> list[str]:
             prompt = render(task, doc)
             texts.append(prompt.context + prompt.choices[prompt.gold])
     return texts
+
+
+def _mean_gates(
+    statistics: RoutingStatistics, layers: dict[str, MoeLoraLinear]
+) -> dict[str, Tensor]:
+    """The mean gates (E,) of every layer, on its device."""
+    gates = {}
+    for name, layer in layers.items():
+        counts = statistics.layers.get(name)
+        if counts is None or counts.not_finite or not counts.tokens:
+            raise ExportError(
+                f"The gates of {name} are not finite numbers on all of the calibration text, so they have "
+                "no mean; the adapter seems broken."
+            )
+        gates[name] = layer.moelora_A["default"].new_tensor(counts.summary()["weight"])
+    return gates
 
 
 @torch.inference_mode()

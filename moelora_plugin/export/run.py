@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi
 from rich.console import Group
+from rich.markup import escape
 from rich.table import Table
 from transformers import AutoConfig
 
@@ -25,9 +26,10 @@ from ..checkpoint import (
     resolve_adapter,
     verify_weights,
 )
-from ..errors import ConfigError, MissingDependencyError
+from ..config import PEFT_TYPE
+from ..errors import ConfigError, ExportError, MissingDependencyError
 from ..files import atomic_directory, refuse_existing, write_json, write_text
-from .card import adapter_card, merged_card, read_scores
+from .card import adapter_card, merged_card, public_base, read_scores
 from .merged import STRATEGIES, Merge, calibration_texts, merge_exact, merge_mean_gate
 
 TARGETS = ("safetensors", "merged")
@@ -56,7 +58,7 @@ class ExportResult:
     def table(self) -> Group:
         """For the terminal: what was written and, for an approximation, how far off it is."""
         head = Table(show_header=False, box=None, pad_edge=False)
-        head.add_row("[bold]written[/bold]", str(self.out))
+        head.add_row("[bold]written[/bold]", escape(str(self.out)))
         head.add_row("[bold]files[/bold]", ", ".join(self.files))
         if self.url:
             head.add_row("[bold]pushed to[/bold]", self.url)
@@ -108,16 +110,24 @@ def export_adapter(
 
     Raises:
         AdapterError: the adapter is damaged or belongs to another base.
-        ExportError: an exact merge of gates that follow the input.
-        ConfigError: unknown `to` or `strategy`, or `out` holds something.
+        ExportError: an exact merge of gates that follow the input, or an adapter of another type.
+        ConfigError: unknown `to`, `strategy` or `dtype`, or `out` holds something.
         MissingDependencyError: base, data or hub cannot be reached.
     """
     if to not in TARGETS:
         raise ConfigError(f"--to {to} must be one of {', '.join(TARGETS)}.")
     if strategy not in STRATEGIES:
         raise ConfigError(f"--strategy {strategy} must be one of {', '.join(STRATEGIES)}.")
+    if to != "merged" and strategy != "exact":
+        raise ConfigError(f"--strategy {strategy} is a way to merge; pass --to merged with it.")
+    resolve_dtype(dtype, "cpu")
     refuse_existing(out, overwrite=overwrite)
     source = resolve_adapter(adapter)
+    peft_type = read_adapter_config(source).get("peft_type")
+    if peft_type != PEFT_TYPE:
+        raise ExportError(
+            f"{source} is a {peft_type} adapter; `moelora export` writes {PEFT_TYPE} only."
+        )
     scores = read_scores(eval_file, source)
     if to == "safetensors":
         merge = None
@@ -154,8 +164,8 @@ def _write_adapter(
         for file in source.iterdir():
             if _is_shared(file.name):
                 shutil.copy2(file, folder / file.name)
-        if base is not None:
-            config["base_model_name_or_path"] = base
+        if base is not None and base != config.get("base_model_name_or_path"):
+            config |= {"base_model_name_or_path": base, "revision": None}
             write_json(folder / CONFIG_FILE, config)
         write_text(folder / "README.md", adapter_card(config, read_manifest(source), scores))
 
@@ -179,13 +189,13 @@ def _write_merged(
     dtype: str,
 ) -> Merge:
     manifest = read_manifest(source)
+    texts = []
+    if strategy == "mean-gate":  # read before the base is loaded, as it may be what is missing
+        trained_on = manifest.get("recipe", {}).get("data", {}).get("tasks", ())
+        texts = calibration_texts(tasks or trained_on, data_dir)
     # Fold in fp32 and round once at the end, into the dtype the base is published in.
     model, tokenizer = load_adapter(source, base=base, dtype="float32")
-    if strategy == "exact":
-        merge = merge_exact(model)
-    else:
-        texts = calibration_texts(tasks or manifest.get("recipe", {}).get("data", {}).get("tasks", ()), data_dir)
-        merge = merge_mean_gate(model, tokenizer, texts)
+    merge = merge_exact(model) if strategy == "exact" else merge_mean_gate(model, tokenizer, texts)
     name = base or str(model.peft_config["default"].base_model_name_or_path)
     merged = model.unload().to(_published_dtype(name, dtype))
     record = {
@@ -193,7 +203,7 @@ def _write_merged(
         "logit_error": merge.logit_error,
         "layer_errors": merge.layer_errors,
         "adapter_sha256": verify_weights(source),
-        "base": name,
+        "base": public_base(name),
     }
     merged.config.moelora_export = {k: v for k, v in record.items() if k != "layer_errors"}
     with atomic_directory(out, overwrite=overwrite) as folder:

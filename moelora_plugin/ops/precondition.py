@@ -44,7 +44,11 @@ def split_experts(factor: Tensor, ranks: Sequence[int], dim: int) -> Tensor:
 
 def join_experts(experts: Tensor, ranks: Sequence[int], dim: int) -> Tensor:
     """Inverse of `split_experts`: from (E, r, n) back to the stacked factor, padding dropped."""
-    rows = experts.flatten(0, 1) if len(set(ranks)) == 1 else experts[_rank_mask(ranks, experts.device)]
+    rows = (
+        experts.flatten(0, 1)
+        if len(set(ranks)) == 1
+        else experts[_rank_mask(ranks, experts.device)]
+    )
     return rows if dim == 0 else rows.T
 
 

@@ -122,7 +122,9 @@ def _surrogate_gates(weights_TE: Tensor, gate_rescale: GateRescale) -> Tensor:
     return (weights_TE != 0).to(weights_TE.dtype)
 
 
-def _sum_ranks(grad_h_TR: Tensor, z_TR: Tensor, weights_TE: Tensor, expert_of_rank_R: Tensor | None) -> Tensor:
+def _sum_ranks(
+    grad_h_TR: Tensor, z_TR: Tensor, weights_TE: Tensor, expert_of_rank_R: Tensor | None
+) -> Tensor:
     """Gradient of the gates: <grad_h, z> summed over each expert's ranks, in the gates' own (wider) dtype."""
     product_TR = grad_h_TR.to(weights_TE.dtype) * z_TR.to(weights_TE.dtype)
     if expert_of_rank_R is not None:

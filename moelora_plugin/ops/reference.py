@@ -60,7 +60,9 @@ def moe_lora_loop(
         if gate_rescale_scope == "output":
             expert_TO = scaling * (x_TI @ a_rI.T) @ b_Or.T
             # stop() leaves g_i differentiable: the gates keep their ordinary gradient.
-            out_TO = out_TO + surrogate_T1 * expert_TO + (gate_T1 - surrogate_T1) * expert_TO.detach()
+            out_TO = (
+                out_TO + surrogate_T1 * expert_TO + (gate_T1 - surrogate_T1) * expert_TO.detach()
+            )
         else:
             live_TO = scaling * (x_TI.detach() @ a_rI.T) @ b_Or.T
             frozen_TO = scaling * (x_TI @ a_rI.detach().T) @ b_Or.detach().T
@@ -89,7 +91,12 @@ def topk_softmax_loop(logits_TE: Tensor, top_k: int) -> Tensor:
 
 
 def precondition_loop(
-    a_RI: Tensor, b_OR: Tensor, grad_a_RI: Tensor, grad_b_OR: Tensor, ranks: Sequence[int], damping: float
+    a_RI: Tensor,
+    b_OR: Tensor,
+    grad_a_RI: Tensor,
+    grad_b_OR: Tensor,
+    ranks: Sequence[int],
+    damping: float,
 ) -> tuple[Tensor, Tensor]:
     """Eq. 6 of arXiv 2502.15828 with damping, one expert at a time, by explicit inverses.
 

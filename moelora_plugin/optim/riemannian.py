@@ -101,11 +101,14 @@ class _Riemannian(torch.optim.Optimizer):
             scale = (limit / (norm + 1e-6)).clamp(max=1.0)
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    parameter.grad = parameter.grad * scale.to(parameter.grad.device, parameter.grad.dtype)
+                    parameter.grad = parameter.grad * scale.to(
+                        parameter.grad.device, parameter.grad.dtype
+                    )
 
     def _steps_a_and_b_apart(self) -> bool:
         return any(
-            group["order"] == "gauss_seidel" or group["lora_plus_ratio"] != 1.0 for group in self._expert_groups()
+            group["order"] == "gauss_seidel" or group["lora_plus_ratio"] != 1.0
+            for group in self._expert_groups()
         )
 
     def _step_a_then_b(self) -> None:
@@ -115,7 +118,9 @@ class _Riemannian(torch.optim.Optimizer):
         gradient, so each is stepped once.
         """
         jacobi = [group for group in self._expert_groups() if group["order"] == "jacobi"]
-        gauss_seidel = [group for group in self._expert_groups() if group["order"] == "gauss_seidel"]
+        gauss_seidel = [
+            group for group in self._expert_groups() if group["order"] == "gauss_seidel"
+        ]
         self._precondition(("a", "b"), jacobi)
         self._precondition(("a",), gauss_seidel)
         waiting = [(b, b.grad) for group in self._expert_groups() for b in group["params"][1::2]]
@@ -148,7 +153,10 @@ class _Riemannian(torch.optim.Optimizer):
         learners, partners = (factors_a, factors_b) if side == "a" else (factors_b, factors_a)
         learner_dim, partner_dim = (0, 1) if side == "a" else (1, 0)
         active = [i for i, learner in enumerate(learners) if learner.grad is not None]
-        metrics = [gram(split_experts(partners[i].detach(), group["ranks"][i], partner_dim)) for i in active]
+        metrics = [
+            gram(split_experts(partners[i].detach(), group["ranks"][i], partner_dim))
+            for i in active
+        ]
         inverses, escalated = damped_inverses(metrics, group["damping"])
         if escalated:
             warnings.warn(

@@ -36,9 +36,13 @@ class TopKRouter(Router):
     def forward(self, x_TI: Tensor) -> Routing:
         """Route T tokens: weights (T, E) in fp32 or wider, exactly k non-zero per row, rows summing to 1."""
         logits_TE = torch.nn.functional.linear(x_TI, self.weight)
-        probs_TE = torch.softmax(logits_TE, dim=-1, dtype=torch.promote_types(logits_TE.dtype, torch.float32))
+        probs_TE = torch.softmax(
+            logits_TE, dim=-1, dtype=torch.promote_types(logits_TE.dtype, torch.float32)
+        )
         kept_TK, ids_TK = torch.topk(probs_TE, self.plan.top_k, dim=-1)
-        weights_TE = torch.zeros_like(probs_TE).scatter(-1, ids_TK, kept_TK / kept_TK.sum(-1, keepdim=True))
+        weights_TE = torch.zeros_like(probs_TE).scatter(
+            -1, ids_TK, kept_TK / kept_TK.sum(-1, keepdim=True)
+        )
         return Routing(logits=logits_TE, probs=probs_TE, weights=weights_TE, expert_ids=ids_TK)
 
     def static_weights(self) -> Tensor | None:

@@ -57,7 +57,9 @@ def test_equals_the_oracle(shape, rescale, scope, dtype):
         tolerance = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
         torch.testing.assert_close(fast, slow, **tolerance)
         for name, got, expected in zip("x a b gates".split(), fast_grads, slow_grads, strict=True):
-            torch.testing.assert_close(got, expected, **tolerance, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                got, expected, **tolerance, msg=lambda m, n=name: f"{n}: {m}"
+            )
 
 
 @pytest.mark.parametrize("ranks", [(2, 2, 2), (1, 3, 2)])
@@ -75,7 +77,9 @@ def test_the_value_is_the_same_in_every_mode():
 def test_weights_scope_gives_x_the_true_gradient():
     leaves, upstream = inputs(SHAPES[2], 2, torch.float64)
     ranks = SHAPES[2][3]
-    (true,) = torch.autograd.grad(fused(leaves, ranks, 2.0, "none", "weights"), leaves[:1], upstream)
+    (true,) = torch.autograd.grad(
+        fused(leaves, ranks, 2.0, "none", "weights"), leaves[:1], upstream
+    )
     for rescale in ("sqrt", "exact"):
         (x_grad,) = torch.autograd.grad(
             fused(leaves, ranks, 2.0, rescale, "weights"), leaves[:1], upstream
@@ -126,7 +130,9 @@ def test_half_precision_follows_the_oracle(dtype, rescale):
     grads = torch.autograd.grad(fast, [*half, gates], upstream.to(dtype))
     # Inputs, z, h and the result are each rounded once: a handful of epsilons of the largest entry.
     for got, expected in zip([fast, *grads], [slow, *slow_grads], strict=True):
-        assert (got.float() - expected).abs().max() < 8 * torch.finfo(dtype).eps * expected.abs().max()
+        assert (got.float() - expected).abs().max() < 8 * torch.finfo(
+            dtype
+        ).eps * expected.abs().max()
 
 
 def test_autocast_computes_in_its_dtype_and_keeps_parameter_gradients_wide():

@@ -1,0 +1,25 @@
+"""What the commands print with: results on stdout, one line for an error on stderr."""
+
+from __future__ import annotations
+
+from rich.console import Console, RenderableType
+
+
+def display(*renderables: RenderableType) -> None:
+    """Print to stdout; colours and borders adapt to a terminal, a pipe or a file."""
+    console = Console()
+    for renderable in renderables:
+        if isinstance(renderable, str):
+            _print_line(console, renderable)
+        else:
+            console.print(renderable)
+
+
+def display_error(error: Exception) -> None:
+    """Print an error as one red line to stderr."""
+    _print_line(Console(stderr=True), f"Error: {' '.join(str(error).split())}", style="red")
+
+
+def _print_line(console: Console, line: str, style: str | None = None) -> None:
+    # As it stands: brackets in it are no markup, and paths must not break where they are copied.
+    console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,88 @@
+"""`moelora eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .display import display
+from .options import Base, DataDir, DType, Overwrite, examples, names
+
+EXAMPLES = examples(
+    "moelora eval --adapter runs/quickstart/adapter --tasks sst2 --compare-base",
+    "moelora eval --adapter runs/quickstart/adapter --tasks glue,commonsenseqa --limit 200",
+    "moelora eval --base HuggingFaceTB/SmolLM2-135M-Instruct --tasks qa",
+)
+
+
+def evaluate(
+    tasks: Annotated[
+        str,
+        typer.Option(
+            metavar="NAMES",
+            help="Tasks and groups, separated by commas; `moelora tasks` lists them.",
+        ),
+    ],
+    adapter: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH", help="Folder or hub id of an adapter. Without it, --base alone."
+        ),
+    ] = None,
+    base: Base = None,
+    data_dir: DataDir = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(help="Rows per task, drawn with the seed. Default: all; set it to try."),
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(help="Rows per forward pass; changes the speed, not the scores.")
+    ] = 8,
+    compare_base: Annotated[
+        bool,
+        typer.Option(
+            "--compare-base",
+            help="Score the base on the same rows too, and show the paired difference.",
+        ),
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The JSON to write. Default: moelora_eval.json."),
+    ] = None,
+    overwrite: Overwrite = False,
+    dtype: DType = "auto",
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, mps. Default: the best that is there.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seeds the draw of --limit and the intervals.")] = 0,
+    allow_base_mismatch: Annotated[
+        bool,
+        typer.Option(
+            "--allow-base-mismatch",
+            help="Go on although --base is not the model that the adapter was trained on.",
+        ),
+    ] = False,
+) -> None:
+    """Score an adapter on tasks, beside its base if asked."""
+    from moelora_plugin.evaluation import EvaluationRequest
+    from moelora_plugin.evaluation import evaluate as run
+
+    request = EvaluationRequest(
+        tasks=names(tasks),
+        adapter=adapter,
+        base=base,
+        data_dir=data_dir,
+        limit=limit,
+        batch_size=batch_size,
+        compare_base=compare_base,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+        output=output,
+        overwrite=overwrite,
+        allow_base_mismatch=allow_base_mismatch,
+    )
+    report = run(request)
+    display(report.table(), f"Written to {report.path}")

@@ -1,0 +1,43 @@
+"""Options that several commands share, so that each is described once and means one thing."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+DataDir = Annotated[
+    str | None,
+    typer.Option(
+        envvar="MOELORA_DATA_DIR",
+        metavar="DIR",
+        help="Folder of local rows, DIR/<dataset>/<split>.parquet. Default: the hub.",
+    ),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace what the output already holds.")
+]
+DType = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|float32|bfloat16|float16",
+        help="Precision of the base's weights; auto is the checkpoint's own.",
+    ),
+]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="Base model, a local path or a hub id. Default: the one that the adapter records.",
+    ),
+]
+
+
+def names(text: str) -> tuple[str, ...]:
+    """The names in a comma-separated option ("glue, siqa")."""
+    return tuple(name for part in text.split(",") if (name := part.strip()))
+
+
+def examples(*lines: str) -> str:
+    """An epilog of command lines to copy; the blank lines keep each on a line of its own."""
+    return "\n\n".join(("Examples:", *lines))

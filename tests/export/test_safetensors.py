@@ -1,0 +1,242 @@
+"""An adapter as a folder for others."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock, call
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from peft import LoraConfig, PeftModel, get_peft_model
+from rich.console import Console
+from tiny import tiny_llama
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from moelora_plugin.errors import (
+    AdapterError,
+    ConfigError,
+    ExportError,
+    MissingDependencyError,
+    MoeLoraError,
+)
+from moelora_plugin.export import export_adapter
+from moelora_plugin.files import sha256_of
+
+from .conftest import SaveAdapter, make_adapter
+
+IDS = torch.tensor([[0, 40, 50, 60, 70]])
+FILES = [
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "moelora.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def eval_file(path: Path, adapter: Path, **changes: Any) -> Path:
+    """A moelora_eval.json, as far as a card reads it."""
+    estimate = {"value": 0.875, "stderr": 0.0125}
+    task = {"n": 200, "metrics": {"acc": estimate}, "base": {"acc": {"value": 0.5, "stderr": 0.03}}}
+    digests = {"adapter_model.safetensors": sha256_of(adapter / "adapter_model.safetensors")}
+    content = {"tasks": {"sst2": task}, "adapter": {"path": "x", "sha256": digests}, **changes}
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_the_exported_adapter_is_the_saved_one_bitwise(
+    base: Path, save: SaveAdapter, tmp_path: Path
+) -> None:
+    model = make_adapter(base)
+    result = export_adapter(save(model), tmp_path / "shared")
+    assert list(result.files) == names(tmp_path / "shared") == FILES
+    fresh = AutoModelForCausalLM.from_pretrained(base, dtype="float32")
+    loaded = PeftModel.from_pretrained(fresh, tmp_path / "shared").eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+        assert not torch.equal(loaded(IDS).logits, loaded.get_base_model().lm_head(IDS * 0.0))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "shared")
+    assert tokenizer("The film").input_ids == AutoTokenizer.from_pretrained(base)("The film").input_ids
+
+
+def test_what_training_left_beside_the_adapter_stays_behind(
+    save: SaveAdapter, tmp_path: Path
+) -> None:
+    adapter = save()
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "README.md"):
+        (adapter / name).write_text("left over")
+    (adapter / "checkpoint-4").mkdir()
+    export_adapter(adapter, tmp_path / "shared")
+    assert names(tmp_path / "shared") == FILES
+    assert "left over" not in (tmp_path / "shared" / "README.md").read_text()
+
+
+def test_the_card(base: Path, save: SaveAdapter, tmp_path: Path) -> None:
+    adapter = save()
+    scores = eval_file(tmp_path / "moelora_eval.json", adapter)
+    export_adapter(adapter, tmp_path / "shared", eval_file=scores)
+    text = (tmp_path / "shared" / "README.md").read_text()
+    assert str(tmp_path) not in text
+    assert str(base.parent) not in text
+    card = ModelCard(text)
+    assert card.data.library_name == "peft"
+    assert card.data.base_model is None  # a folder has no page on the hub
+    assert "moelora" in card.data.tags
+    for line in (
+        f"| Base | `{base.name}` |",
+        "| Experts | 4 per module, top 2, rank 2 each, alpha 16 |",
+        "| Target modules | `down_proj`, `q_proj` |",
+        "| Trained on | `sst2` |",
+        "| Optimizer | gradamw, lr 0.0001, gate lr 3e-08 |",
+        "| Steps | 60 |",
+        "| Trainable parameters | 12,345 |",
+        "| sst2 | 200 | acc | 50.00 ± 3.00 | 87.50 ± 1.25 |",
+    ):
+        assert f"\n{line}\n" in text
+    assert "AutoPeftModelForCausalLM.from_pretrained" in text
+
+
+def test_the_card_links_a_base_on_the_hub(save: SaveAdapter, tmp_path: Path) -> None:
+    export_adapter(save(), tmp_path / "shared", base="org/model")
+    card = ModelCard.load(tmp_path / "shared" / "README.md")
+    assert card.data.base_model == "org/model"
+    assert "## Scores" not in card.text
+    config = json.loads((tmp_path / "shared" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "org/model"
+
+
+def test_an_adapter_without_a_manifest_has_a_card_too(base: Path, tmp_path: Path) -> None:
+    make_adapter(base).save_pretrained(tmp_path / "adapter")
+    export_adapter(tmp_path / "adapter", tmp_path / "shared")
+    assert "Trained on" not in (tmp_path / "shared" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"adapter": {"sha256": {"adapter_model.safetensors": "0" * 64}}}, "of other weights"),
+        ({"adapter": {}}, "of no saved adapter"),
+        ({"tasks": 3}, "is not a moelora_eval.json"),
+        (None, "is not a moelora_eval.json"),
+        (b"\xff\x00", "is not a moelora_eval.json"),
+    ],
+)
+def test_scores_of_something_else_are_refused(
+    save: SaveAdapter, tmp_path: Path, content: dict[str, Any] | bytes | None, said: str
+) -> None:
+    adapter, path = save(), tmp_path / "scores.json"
+    if isinstance(content, dict):
+        eval_file(path, adapter, **content)
+    elif content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=f"--eval-file .*scores.json .*{said}"):
+        export_adapter(adapter, tmp_path / "shared", eval_file=path)
+    assert not (tmp_path / "shared").exists()
+
+
+def test_a_folder_that_holds_something_is_refused_until_overwritten(
+    save: SaveAdapter, tmp_path: Path
+) -> None:
+    adapter, out = save(), tmp_path / "shared"
+    out.mkdir()
+    export_adapter(adapter, out)  # an empty folder is free
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"already holds something.*--out.*--overwrite"):
+        export_adapter(adapter, out)
+    assert (out / "notes.txt").read_text() == "mine"
+    export_adapter(adapter, out, overwrite=True)
+    assert names(out) == FILES
+    assert names(tmp_path) == ["adapter", "shared"]
+
+
+def test_a_file_in_the_way_is_replaced_when_told(save: SaveAdapter, tmp_path: Path) -> None:
+    adapter, out = save(), tmp_path / "shared"
+    out.write_text("a file")
+    with pytest.raises(ConfigError, match="already holds something"):
+        export_adapter(adapter, out)
+    export_adapter(adapter, out, overwrite=True)
+    assert names(out) == FILES
+    assert names(tmp_path) == ["adapter", "shared"]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"to": "gguf"}, ConfigError, r"--to gguf must be one of safetensors, merged"),
+        (
+            {"to": "merged", "strategy": "mean"},
+            ConfigError,
+            r"--strategy mean must be one of exact, mean-gate",
+        ),
+        ({"strategy": "mean-gate"}, ConfigError, r"pass --to merged with it"),
+        ({"dtype": "float8"}, ConfigError, r"dtype='float8' must be one of auto"),
+    ],
+)
+def test_unknown_options_are_refused(
+    save: SaveAdapter,
+    tmp_path: Path,
+    options: dict[str, str],
+    error: type[MoeLoraError],
+    said: str,
+) -> None:
+    with pytest.raises(error, match=said):
+        export_adapter(save(), tmp_path / "shared", **options)  # type: ignore[arg-type]
+    assert not (tmp_path / "shared").exists()
+
+
+@pytest.mark.parametrize("to", ["safetensors", "merged"])
+def test_damaged_and_other_adapters_are_refused(
+    save: SaveAdapter, tmp_path: Path, base: Path, to: str
+) -> None:
+    adapter = save(num_experts=1, top_k=1)
+    weights = adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises(AdapterError, match="truncated or damaged"):
+        export_adapter(adapter, tmp_path / "shared", to=to)
+    lora = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
+    lora.peft_config["default"].base_model_name_or_path = str(base)
+    lora.save_pretrained(tmp_path / "lora")
+    with pytest.raises(ExportError, match="is a LORA adapter"):
+        export_adapter(tmp_path / "lora", tmp_path / "shared", to=to)
+    assert names(tmp_path) == ["adapter", "lora"]
+
+
+def test_pushing(save: SaveAdapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    api = Mock()
+    monkeypatch.setattr("moelora_plugin.export.run.HfApi", Mock(return_value=api))
+    out = tmp_path / "shared"
+    result = export_adapter(save(), out, push_to_hub="me/sst2-moelora")
+    assert api.mock_calls == [
+        call.create_repo("me/sst2-moelora", exist_ok=True),
+        call.upload_folder(repo_id="me/sst2-moelora", folder_path=str(out)),
+    ]
+    assert result.url == "https://huggingface.co/me/sst2-moelora"
+    console = Console(width=200, record=True)
+    console.print(result.table())
+    assert result.url in console.export_text()
+
+
+def test_a_push_that_fails_says_that_the_folder_is_there(
+    save: SaveAdapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api = Mock(create_repo=Mock(side_effect=ConnectionError("401 Unauthorized")))
+    monkeypatch.setattr("moelora_plugin.export.run.HfApi", Mock(return_value=api))
+    said = r"shared is written, but .*'me/it' failed \(401 Unauthorized\); log in with `hf auth login`"
+    with pytest.raises(MissingDependencyError, match=said):
+        export_adapter(save(), tmp_path / "shared", push_to_hub="me/it")
+    assert names(tmp_path / "shared") == FILES
+
+
+def test_without_a_wish_to_push_the_hub_is_not_asked(
+    save: SaveAdapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moelora_plugin.export.run.HfApi", Mock(side_effect=AssertionError))
+    assert export_adapter(save(), tmp_path / "shared").url is None
