@@ -2,9 +2,9 @@
 
     python benchmarks/layer.py [--tokens 512] [--width 2048] [--repeats 60] [--json FILE]
 
-Side by side in one process, interleaved, medians: our layer at n/k/r = 20/10/4, PEFT's LoRA of the same total rank
-(the limit), and one Python loop over the experts as published implementations have it. Ratios are what counts; the
-times are this machine's.
+Side by side in one process, interleaved, medians: our layer at n/k/r = 20/10/4, PEFT's LoRA of the
+same total rank (the limit), and one Python loop over the experts as published implementations have
+it. Ratios are what counts; the times are this machine's.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from moelora_plugin import MoeLoraConfig
-from moelora_plugin.ops.reference import moe_lora_loop
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import nn
+
+from moelora_plugin import MoeLoraConfig
+from moelora_plugin.ops.reference import moe_lora_loop
 
 EXPERTS, TOP_K, RANK = 20, 10, 4
 
@@ -36,6 +37,7 @@ class Base(nn.Module):
         self.linear = nn.Linear(width, width, bias=False).requires_grad_(False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map through the frozen weight."""
         return self.linear(x)
 
 

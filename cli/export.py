@@ -26,14 +26,15 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            metavar="safetensors|merged",
-            help="The adapter with a model card, or a full checkpoint that needs no adapter.",
+            metavar="NAME",
+            help="safetensors: the adapter with a model card. merged: a full checkpoint that needs "
+            "no adapter.",
         ),
     ] = "safetensors",
     strategy: Annotated[
         str,
         typer.Option(
-            metavar="exact|mean-gate",
+            metavar="NAME",
             help="For --to merged. exact: only where the gates do not depend on the input. "
             "mean-gate: an approximation, each expert with its mean gate on calibration text; "
             "its error is printed.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Annotated, Any
 
 import typer
@@ -78,5 +79,9 @@ def _root(
 
 def main() -> None:
     """Run the command line."""
+    # PEFT asks newer models of transformers by an old name: nothing that a user could mend.
+    warnings.filterwarnings(
+        "ignore", ".is_gradient_checkpointing. is deprecated", category=FutureWarning
+    )
     # People add --debug at the end of a line that failed; it is an option of the whole program.
     app(args=sorted(sys.argv[1:], key=lambda argument: argument != "--debug"))

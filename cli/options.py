@@ -20,8 +20,7 @@ Overwrite = Annotated[
 DType = Annotated[
     str,
     typer.Option(
-        metavar="auto|float32|bfloat16|float16",
-        help="Precision of the base's weights; auto is the checkpoint's own.",
+        metavar="NAME", help="Precision of the weights: float32, bfloat16, float16 or auto."
     ),
 ]
 Base = Annotated[

@@ -1,7 +1,7 @@
-"""Mixtures of LoRA experts, Riemannian and gate-rescaled optimizers, for PEFT and its host frameworks.
+"""Mixtures of LoRA experts for PEFT, with Riemannian and gate-rescaled optimizers.
 
-`import moelora_plugin` is light: it installs the post-import hooks of `autoload` (PEFT learns the type
-MOELORA when it is imported) and serves the public names on first use (PEP 562).
+`import moelora_plugin` is light: it installs the post-import hooks of `autoload` (PEFT learns the
+type MOELORA when it is imported) and serves the public names on first use (PEP 562).
 """
 
 from __future__ import annotations

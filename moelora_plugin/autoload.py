@@ -1,11 +1,12 @@
 """Post-import hooks: PEFT learns the type MOELORA as soon as it is imported, whoever imports it.
 
-`import torch` loads this module through the entry-point group `torch.backends` (off-label: the group is
-meant for device back ends), and `import moelora_plugin` does the same. Nothing here imports anything but
-the standard library, and nothing here raises: a failure is kept for `moelora doctor`.
+`import torch` loads this module through the entry-point group `torch.backends` (off-label: the
+group is meant for device back ends), and `import moelora_plugin` does the same. Nothing here
+imports anything but the standard library, and nothing here raises: a failure is kept for `moelora
+doctor`.
 
-`MOELORA_AUTOLOAD=0` switches the hooks on other packages off. Then the type is registered when a public
-name of `moelora_plugin` is first used.
+`MOELORA_AUTOLOAD=0` switches the hooks on other packages off. Then the type is registered when a
+public name of `moelora_plugin` is first used.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ ENVIRONMENT_SWITCH = "MOELORA_AUTOLOAD"
 failures: dict[str, str] = {}
 
 
-# `peft` itself is often half imported when torch is first imported from inside it; `mapping_func` is the
-# last of its modules that the registration depends on.
+# `peft` itself is often half imported when torch is first imported from inside it; `mapping_func`
+# is the last of its modules that the registration depends on.
 PEFT_READY = "peft.mapping_func"
 _OWN_PREFIX = __name__.rpartition(".")[0] + "."
 
@@ -34,8 +35,9 @@ _OWN_PREFIX = __name__.rpartition(".")[0] + "."
 def _register(finished: str) -> None:
     """Register our PEFT type once PEFT is there and none of our own modules is half imported.
 
-    The second condition matters where one of our modules is what imports PEFT: registering in the middle
-    would import that module's dependants while it has no names yet. Its own hook tries again.
+    The second condition matters where one of our modules is what imports PEFT: registering in the
+    middle would import that module's dependants while it has no names yet. Its own hook tries
+    again.
     """
     if PEFT_READY not in sys.modules:
         return
@@ -51,7 +53,8 @@ def _half_imported(module: ModuleType) -> bool:
     return bool(getattr(module.__spec__, "_initializing", False))
 
 
-# Hooks on other packages, by the module after which they run. Our own modules always carry `_register`.
+# Hooks on other packages, by the module after which they run. Our own modules always carry
+# `_register`.
 _HOST_HOOKS: dict[str, Callable[[str], None]] = {PEFT_READY: _register}
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+from typing import cast
 
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .errors import ConfigError, MissingDependencyError
 
-# What huggingface_hub and transformers raise when a name is neither a folder nor to be had from the hub.
+# What huggingface_hub and transformers raise when a name is neither a folder nor to be had from the
+# hub.
 HUB_ERRORS = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -25,8 +28,8 @@ def default_device() -> str:
 def resolve_dtype(dtype: str, device: str) -> torch.dtype | str:
     """What transformers takes for `dtype`.
 
-    "auto" means the checkpoint's own dtype on an accelerator and float32 on a CPU, where half precision is many times
-    slower.
+    "auto" means the checkpoint's own dtype on an accelerator and float32 on a CPU, where half
+    precision is many times slower.
 
     Raises:
         ConfigError: not one of DTYPES.
@@ -54,15 +57,15 @@ def load_base_model(
     """
     device = device or default_device()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(
             name, revision=revision, dtype=resolve_dtype(dtype, device)
         )
     except HUB_ERRORS as error:
         if os.path.isdir(name):
             raise ConfigError(f"Cannot load a model from {name}: {error}") from error
         raise MissingDependencyError(
-            f"Base model {name!r} is not a folder and cannot be had from the hub; pass the path of a local "
+            f"Base model {name!r} is not a folder and cannot be had from the hub; pass the path "
+            "of a local "
             "copy (model.name in a recipe, --base on the command line)."
         ) from error
-    loaded: PreTrainedModel = model.to(device)
-    return loaded
+    return cast(PreTrainedModel, model.to(device))

@@ -1,8 +1,9 @@
-"""Adapters on disk: PEFT's two files plus a manifest, written whole or not at all, checked when read.
+"""Adapters on disk: PEFT's two files plus a manifest, written whole or not at all.
 
 adapter_config.json        PEFT's
 adapter_model.safetensors  PEFT's
-moelora.json               manifest: sha256 of the weights, fingerprint of the base, how it was trained
+moelora.json               manifest: sha256 of the weights, what tells the base from others,
+                           how the adapter was trained
 tokenizer files            where one was given
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,8 +34,8 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 MANIFEST_FILE = "moelora.json"
 
-# A base is recognised by a few of its weights. bf16, fp16 and fp32 copies differ by at most 2^-8 of a value;
-# 2 % leaves room for that and still tells two models apart at the first value.
+# A base is recognised by a few of its weights. bf16, fp16 and fp32 copies differ by at most 2^-8 of
+# a value; 2 % leaves room for that and still tells two models apart at the first value.
 _SAMPLES = 16
 _RELATIVE_TOLERANCE = 0.02
 _ABSOLUTE_TOLERANCE = 1e-6  # fp16 flushes values below this to multiples of 6e-8
@@ -92,14 +94,15 @@ def load_adapter(
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """Load an adapter on its base, ready for inference, or say what is wrong with it.
 
-    Stricter than `PeftModel.from_pretrained`, which only warns where tensors are missing: the weights must
-    match the manifest's digest, every tensor must find its place, and the base must be the one the adapter
-    was trained on.
+    Stricter than `PeftModel.from_pretrained`, which only warns where tensors are missing: the
+    weights must match the manifest's digest, every tensor must find its place, and the base must be
+    the one the adapter was trained on.
 
     Args:
         path: folder or hub id of an adapter (of any PEFT type).
         base: folder or hub id of the base; the adapter's own where left out.
-        dtype: "auto" (the checkpoint's on an accelerator, float32 on a CPU) or a torch dtype's name.
+        dtype: "auto" (the checkpoint's on an accelerator, float32 on a CPU) or a torch dtype's
+            name.
         device: "cpu", "cuda", ...; the accelerator where there is one.
         allow_base_mismatch: load on another base all the same.
 
@@ -122,10 +125,14 @@ def load_adapter(
     revision = config.get("revision") if base == recorded else None
     base_model = load_base_model(base, revision=revision, dtype=dtype, device=device)
     try:
-        model = PeftModel.from_pretrained(base_model, str(folder))
+        with warnings.catch_warnings():
+            # PEFT only warns of missing tensors; below they are an error, which says more.
+            warnings.filterwarnings("ignore", "Found missing adapter keys")
+            model = PeftModel.from_pretrained(base_model, str(folder))
     except (RuntimeError, ValueError) as error:
         raise AdapterError(
-            f"The adapter in {folder} does not fit the base {base!r}: {_first_line(error)}; pass the base "
+            f"The adapter in {folder} does not fit the base {base!r}: {_first_line(error)}; pass "
+            "the base "
             "it was trained on (--base)."
         ) from error
     _refuse_missing_tensors(folder, model)
@@ -189,23 +196,27 @@ def verify_weights(folder: Path) -> str:
     expected = read_manifest(folder).get("weights_sha256")
     if expected is not None and digest != expected:
         raise AdapterError(
-            f"{path} was changed after it was saved: its sha256 is {digest[:12]}..., {MANIFEST_FILE} says "
+            f"{path} was changed after it was saved: its sha256 is {digest[:12]}..., "
+            f"{MANIFEST_FILE} says "
             f"{expected[:12]}...; save or download it again."
         )
     return digest
 
 
 def base_fingerprint(model: nn.Module) -> dict[str, Any] | None:
-    """What tells the adapted base from others: shapes of the adapted modules and a few of their weights.
+    """What tells the base from others: shapes of the adapted modules and a few of their weights.
 
-    None where the base weights are not plain floating-point tensors (quantised or not materialised).
+    None where the base weights are not plain floating-point tensors (quantised or not
+    materialised).
     """
     layers = moelora_layers(model)
-    weights = [getattr(layer.get_base_layer(), "weight", None) for layer in layers.values()]
-    if not weights or not all(
-        isinstance(w, torch.Tensor) and w.is_floating_point() and w.device.type != "meta"
-        for w in weights
-    ):
+    weights: list[torch.Tensor] = []
+    for layer in layers.values():
+        weight = getattr(layer.get_base_layer(), "weight", None)
+        if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.is_meta:
+            return None
+        weights.append(weight)
+    if not weights:
         return None
     # Names differ with the wrapping (PeftModel or bare); the order of modules does not.
     shapes = json.dumps([list(w.shape) for w in weights])
@@ -239,7 +250,8 @@ def _refuse_other_weights(model: nn.Module, expected: Mapping[str, Any] | None, 
     )
     if not same:
         raise AdapterError(
-            f"The weights of {base!r} are not those of the base this adapter was trained on; pass that "
+            f"The weights of {base!r} are not those of the base this adapter was trained on; pass "
+            "that "
             "base (--base), or --allow-base-mismatch if you mean it."
         )
 
@@ -251,12 +263,14 @@ def _refuse_missing_tensors(folder: Path, model: PeftModel) -> None:
     missing, unknown = sorted(wanted - stored), sorted(stored - wanted)
     if missing:
         raise AdapterError(
-            f"{folder / WEIGHTS_FILE} lacks {len(missing)} of {len(wanted)} tensors, the first being "
+            f"{folder / WEIGHTS_FILE} lacks {len(missing)} of {len(wanted)} tensors, the first "
+            "being "
             f"{missing[0]}; save or download it again."
         )
     if unknown:
         raise AdapterError(
-            f"{folder / WEIGHTS_FILE} holds {len(unknown)} tensors that have no place in the base, the first "
+            f"{folder / WEIGHTS_FILE} holds {len(unknown)} tensors that have no place in the "
+            "base, the first "
             f"being {unknown[0]}; pass the base it was trained on (--base)."
         )
 

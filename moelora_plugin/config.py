@@ -29,9 +29,10 @@ C = TypeVar("C", bound=type)
 def _refuse_unknown_keys(cls: C) -> C:
     """Answer an unknown keyword with the valid ones.
 
-    PEFT would drop it with a warning when it reads a saved config, and a dataclass names no alternative.
+    PEFT would drop it with a warning when it reads a saved config, and a dataclass names no
+    alternative.
     """
-    generated: Callable[..., None] = cls.__init__
+    generated: Callable[..., None] = vars(cls)["__init__"]
     known = {f.name for f in fields(cls) if f.init}
 
     @functools.wraps(generated)
@@ -77,8 +78,9 @@ class MoeLoraConfig(PeftConfig):
         init: name of the experts' initialisation ("kaiming": A as in LoRA, B zero).
         aux_losses: coefficient of each auxiliary loss by name. No loss is built in yet.
         gate_rescale: the exponent p of the gates in the experts' backward: "none" (1), "sqrt" (1/2,
-            eq. 13), "exact" (0 on selected experts, eq. 11/12), or "auto": `build_optimizer` sets it
-            ("sqrt" for grsgd and gradamw, "none" for rsgd and radamw); until then it means "none".
+            eq. 13), "exact" (0 on selected experts, eq. 11/12), or "auto": `build_optimizer` sets
+            it ("sqrt" for grsgd and gradamw, "none" for rsgd and radamw); until then it means
+            "none".
         gate_rescale_scope: "weights" (x receives the true gradient, eq. 13) or "output" (x receives
             the surrogate: Algorithm 1 and the reference code).
         use_rslora: scale by alpha / sqrt(r).
@@ -122,7 +124,7 @@ class MoeLoraConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         """Validate and normalise."""
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = PeftType(PEFT_TYPE)
         self._validate_numbers()
         self._validate_choice("bias", _BIASES)
@@ -130,11 +132,13 @@ class MoeLoraConfig(PeftConfig):
         self._validate_choice("gate_rescale_scope", _SCOPES)
         if self.aux_losses:
             raise ConfigError(
-                f"aux_losses={self.aux_losses!r} names a loss, but none is built in yet; remove the key."
+                f"aux_losses={self.aux_losses!r} names a loss, but none is built in yet; remove "
+                "the key."
             )
         if self.format_version != FORMAT_VERSION:
             raise ConfigError(
-                f"format_version={self.format_version} was written by another release of moelora; this one "
+                f"format_version={self.format_version} was written by another release of moelora; "
+                "this one "
                 f"reads {FORMAT_VERSION}: install a matching release."
             )
         if isinstance(self.target_modules, str):
@@ -144,7 +148,8 @@ class MoeLoraConfig(PeftConfig):
                         f"{key} needs target_modules as a list of names, got the string "
                         f"{self.target_modules!r}."
                     )
-        # PEFT matches against a set; a sorted list keeps the saved file stable, and both are accepted.
+        # PEFT matches against a set; a sorted list keeps the saved file stable, and both are
+        # accepted.
         for key in ("target_modules", "exclude_modules"):
             value = getattr(self, key)
             if value is not None and not isinstance(value, str):
@@ -162,7 +167,8 @@ class MoeLoraConfig(PeftConfig):
                 raise ConfigError(f"{key}={value!r} must be an integer of at least 1.")
         if self.top_k > self.num_experts:
             raise ConfigError(
-                f"top_k={self.top_k} is more than num_experts={self.num_experts}; lower top_k or raise "
+                f"top_k={self.top_k} is more than num_experts={self.num_experts}; lower top_k or "
+                "raise "
                 "num_experts."
             )
         if not (_is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1):

@@ -53,6 +53,8 @@ def atomic_directory(out: Path | str, *, overwrite: bool = False) -> Iterator[Pa
         if path.exists():
             path.rename(replaced)
         temporary.rename(path)
+        if replaced.is_file() or replaced.is_symlink():
+            replaced.unlink()
         shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
+from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
@@ -20,23 +21,25 @@ from .types import GateRescale
 class MoeLoraModel(BaseTuner):
     """A model whose target modules carry mixtures of LoRA experts.
 
-    Made by `peft.get_peft_model(model, MoeLoraConfig(...))`; saving, loading, several named adapters,
-    `disable_adapter` and `modules_to_save` are PEFT's own.
+    Made by `peft.get_peft_model(model, MoeLoraConfig(...))`; saving, loading, several named
+    adapters, `disable_adapter` and `modules_to_save` are PEFT's own.
     """
 
     prefix: str = "moelora_"
     tuner_layer_cls = MoeLoraLinear
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping = cast(
+        "dict[str, list[str]]", TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    )
 
-    def _pre_injection_hook(
-        self, model: nn.Module, config: MoeLoraConfig, adapter_name: str
-    ) -> None:
+    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         """Say which linears there are before PEFT says only that none matched."""
+        assert isinstance(config, MoeLoraConfig)
         if config.target_modules is None:
             model_type = self.get_model_config(model).get("model_type")
             if model_type not in self.target_module_mapping:
                 raise ConfigError(
-                    f"There is no default for model type {model_type!r}; set target_modules to some of "
+                    f"There is no default for model type {model_type!r}; set target_modules to "
+                    "some of "
                     f"{', '.join(_linear_names(model))}, or to 'all-linear'."
                 )
         elif config.target_modules != "all-linear" and not any(
@@ -49,7 +52,7 @@ class MoeLoraModel(BaseTuner):
 
     def _create_and_replace(
         self,
-        peft_config: MoeLoraConfig,
+        peft_config: PeftConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -57,6 +60,7 @@ class MoeLoraModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        assert isinstance(peft_config, MoeLoraConfig)
         plan = lookup("allocations", peft_config.allocation, ALLOCATIONS)(peft_config, current_key)
         if isinstance(target, MoeLoraLinear):
             target.update_layer(adapter_name, peft_config, plan)
@@ -66,9 +70,13 @@ class MoeLoraModel(BaseTuner):
             layer.requires_grad_(False)  # a further adapter does not train until it is made active
         self._replace_module(parent, target_name, layer, target)
 
+    def config_of(self, adapter: str) -> MoeLoraConfig:
+        """The adapter's configuration."""
+        return cast(MoeLoraConfig, self.peft_config[adapter])
+
     def set_gate_rescale(self, mode: GateRescale, adapter: str) -> None:
         """Fix the backward exponent of an adapter; its config records the value that was used."""
-        self.peft_config[adapter].gate_rescale = mode
+        self.config_of(adapter).gate_rescale = mode
         for layer in moelora_layers(self).values():
             if adapter in layer.moelora_gate_rescale:
                 layer.moelora_gate_rescale[adapter] = mode

@@ -1,4 +1,4 @@
-"""Named adapter configurations: a preset is a set of overrides over `MoeLoraConfig`'s defaults, with its source.
+"""Named adapter configurations: overrides over `MoeLoraConfig`'s defaults, with their source.
 
 Adding one is one entry. An explicit value passed beside the preset wins.
 """
@@ -60,7 +60,8 @@ PRESETS: dict[str, Preset] = {
         {**_MIXTURE, "gate_rescale": "exact"},
     ),
     "single_lora": Preset(
-        "One expert of rank 80 with gate 1: plain LoRA of the same total rank, to compare with; merges exactly.",
+        "One expert of rank 80 with gate 1: plain LoRA of the same total rank, to compare with; "
+        "merges exactly.",
         "Hu et al., arXiv 2106.09685",
         {"num_experts": 1, "top_k": 1, "r": 80, "lora_alpha": 320, "lora_dropout": 0.05},
     ),

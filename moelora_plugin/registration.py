@@ -28,8 +28,8 @@ def register() -> None:
 def _add_peft_type() -> None:
     """Add the member MOELORA to PEFT's `PeftType`.
 
-    PEFT offers no way to register a type of one's own: `register_peft_method` demands a member of the
-    enum, and saving reads its `.value`. A plain string in the tables is not enough.
+    PEFT offers no way to register a type of one's own: `register_peft_method` demands a member of
+    the enum, and saving reads its `.value`. A plain string in the tables is not enough.
     """
     from peft.utils.peft_types import PeftType
 
@@ -46,6 +46,7 @@ def _add_peft_type() -> None:
         type.__setattr__(PeftType, name, member)
     except (AttributeError, TypeError) as error:
         raise MissingDependencyError(
-            "This PEFT's PeftType enum cannot be extended, so it cannot know MOELORA; install a PEFT "
+            "This PEFT's PeftType enum cannot be extended, so it cannot know MOELORA; install a "
+            "PEFT "
             "between 0.18.1 and 0.21.2."
         ) from error

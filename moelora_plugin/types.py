@@ -24,8 +24,8 @@ class LayerPlan:
         num_experts: E.
         top_k: experts selected for a token.
         ranks: rank of each expert; R is their sum.
-        alpha: LoRA alpha; the update is scaled by alpha / r (or alpha / sqrt(r) with rsLoRA), r being
-            the mean rank of the experts.
+        alpha: LoRA alpha; the update is scaled by alpha / r (or alpha / sqrt(r) with rsLoRA), r
+            being the mean rank of the experts.
     """
 
     num_experts: int

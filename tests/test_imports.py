@@ -1,8 +1,8 @@
 """PEFT knows MOELORA in whatever order modules are imported, and importing the package is light.
 
-Every case runs in a process of its own. A fresh interpreter needs five seconds for `import peft`, nearly all of
-them for torch and transformers; so most cases are forked from one that has imported those two and nothing of PEFT
-or of ours, and a few start from nothing.
+Every case runs in a process of its own. A fresh interpreter needs five seconds for `import peft`,
+nearly all of them for torch and transformers; so most cases are forked from one that has imported
+those two and nothing of PEFT or of ours, and a few start from nothing.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ print(_json.dumps({
 }), flush=True)
 """
 
-# Forks a child for each case; TORCH_DEVICE_BACKEND_AUTOLOAD=0 keeps an installed moelora out of the parent.
+# Forks a child for each case; TORCH_DEVICE_BACKEND_AUTOLOAD=0 keeps an installed moelora out of the
+# parent.
 WARM = """
 import json, os, sys, traceback
 import torch, accelerate
@@ -166,7 +167,7 @@ def test_importing_the_package_imports_nothing_heavy(submodule, tmp_path):
 
 @pytest.mark.parametrize("first", ["torch", "peft"])
 def test_the_entry_point_serves_a_program_that_never_names_us(first, tmp_path):
-    """`import peft` imports torch on its way, so the entry point runs while PEFT is half imported."""
+    """`import peft` imports torch on its way: the entry point runs while PEFT is half imported."""
     folder = tmp_path / "moelora-0.dist-info"
     folder.mkdir()
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: moelora\nVersion: 0\n")

@@ -1,4 +1,7 @@
-"""Allocations: how many experts, of which rank, each target module gets. One file each, one line in `ALLOCATIONS`."""
+"""Allocations: how many experts, of which rank, each target module gets.
+
+One file each, one line in `ALLOCATIONS`.
+"""
 
 from __future__ import annotations
 

@@ -82,9 +82,10 @@ def _registration() -> Finding:
 
         register()
         from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+        from peft.utils.peft_types import PeftType
     except Exception as error:  # whatever is wrong, the report must say it and go on
         return Finding(name, "missing", str(error), "pip install 'peft>=0.18.1,<=0.21.2'")
-    tuner = PEFT_TYPE_TO_TUNER_MAPPING["MOELORA"]
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING[PeftType("MOELORA")]
     return Finding(name, "ok", f"registered, tuner {tuner.__name__}")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MissingDependencyError
+from .names import natural_order
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,13 +23,13 @@ def plot_loss(log_history: Sequence[Mapping[str, Any]], out: Path, title: str) -
     """
     figure = _figure(6.4, 3.6)
     axes = figure.subplots()
-    for key, label, style in (
-        ("loss", "training", {"color": "#1f4e79"}),
-        ("eval_loss", "validation", {"color": "#c55a11", "marker": "o"}),
+    for key, label, color, marker in (
+        ("loss", "training", "#1f4e79", ""),
+        ("eval_loss", "validation", "#c55a11", "o"),
     ):
         points = [(row["step"], row[key]) for row in log_history if key in row]
         if points:
-            axes.plot(*zip(*points, strict=True), label=label, **style)
+            axes.plot(*zip(*points, strict=True), label=label, color=color, marker=marker)
     axes.set(xlabel="step", ylabel="loss on the answer (nats per token)", title=title)
     axes.grid(alpha=0.3)
     if axes.lines:  # a run shorter than logging_steps has logged no loss
@@ -47,7 +48,7 @@ def plot_expert_load(routing: Mapping[str, Mapping[str, Any]], out: Path, title:
         title: what was measured.
     """
     kinds: dict[str, list[tuple[str, list[float]]]] = {}
-    for name in sorted(routing, key=_natural):
+    for name in sorted(routing, key=natural_order):
         load = routing[name]["load"]
         row = (_layer_label(name), [share * len(load) for share in load])
         kinds.setdefault(name.rpartition(".")[2], []).append(row)
@@ -71,11 +72,6 @@ def plot_expert_load(routing: Mapping[str, Mapping[str, Any]], out: Path, title:
     colorbar = figure.colorbar(image, ax=list(grid), extend="max")
     colorbar.set_label("load over fair share", fontsize=8)
     return _save(figure, out)
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Sort key under which layer 2 comes before layer 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def _layer_label(name: str) -> str:

@@ -77,9 +77,10 @@ class RoutingStatistics:
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """JSON-safe, per layer.
 
-        tokens: tokens counted. load: each expert's share of the selections, summing to 1. weight: each
-        expert's mean gate, summing to 1. entropy: mean entropy of the probabilities over all experts in
-        nats (log E is uniform). not_finite: tokens with NaN or infinite gates, left out of the rest.
+        tokens: tokens counted. load: each expert's share of the selections, summing to 1. weight:
+            each expert's mean gate, summing to 1. entropy: mean entropy of the probabilities over
+            all experts in nats (log E is uniform). not_finite: tokens with NaN or infinite gates,
+            left out of the rest.
         """
         return {name: counts.summary() for name, counts in self.layers.items()}
 
@@ -92,10 +93,10 @@ def routing_statistics(model: nn.Module, adapter: str = "default") -> Iterator[R
             model(**batch)
         stats.to_dict()
 
-    Padding is left out: the attention mask of each call to the base model is found by name among its
-    arguments. A recomputation under activation checkpointing is not counted twice, because the counts are
-    taken when the model's forward returns. Works through `generate` as well. A layer that runs several times
-    in one forward is counted for the last of them.
+    Padding is left out: the attention mask of each call to the base model is found by name among
+    its arguments. A recomputation under activation checkpointing is not counted twice, because the
+    counts are taken when the model's forward returns. Works through `generate` as well. A layer
+    that runs several times in one forward is counted for the last of them.
 
     Args:
         model: a model with MoE-LoRA layers, wrapped or not.

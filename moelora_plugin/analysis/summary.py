@@ -22,6 +22,7 @@ from ..checkpoint import (
 )
 from ..config import PEFT_TYPE, MoeLoraConfig
 from ..errors import AdapterError
+from .names import natural_order, short_name
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ class AdapterSummary:
             "router": config.router,
             "gate rescale": f"{config.gate_rescale} (scope {config.gate_rescale_scope})",
             "modules": ", ".join(f"{name} x {count}" for name, count in self.modules.items()),
-            "parameters": f"{self.expert_parameters:,} in experts, {self.router_parameters:,} in routers",
+            "parameters": f"{self.expert_parameters:,} in experts, "
+            f"{self.router_parameters:,} in routers",
             "stored as": ", ".join(self.dtypes),
             "weights sha256": self.sha256,
         }
@@ -76,7 +78,8 @@ class AdapterSummary:
         recipe = self.manifest["recipe"]
         tasks = recipe["data"]["tasks"]
         return (
-            f"on {', '.join(tasks)} with {recipe['optimizer']['name']}, {self.manifest['steps']} steps, "
+            f"on {', '.join(tasks)} with {recipe['optimizer']['name']}, {self.manifest['steps']} "
+            "steps, "
             f"final mean loss {self.manifest['train_loss']:.4f}"
         )
 
@@ -85,13 +88,14 @@ class AdapterSummary:
         if not routing:
             return []
         table = Table(title="Expert load (share of selections)", title_justify="left")
-        for column in ("layer", "least", "most", "unused", "entropy / log E"):
-            table.add_column(column, justify="left" if column == "layer" else "right")
-        for name, layer in routing.items():
-            load = layer["load"]
+        table.add_column("layer", overflow="fold")
+        for column in ("least", "most", "unused", "entropy / log E"):
+            table.add_column(column, justify="right")
+        for name in sorted(routing, key=natural_order):
+            layer, load = routing[name], routing[name]["load"]
             uniform = math.log(len(load)) if len(load) > 1 else 1.0
             table.add_row(
-                name,
+                short_name(name),
                 f"{min(load):.3f}",
                 f"{max(load):.3f}",
                 str(sum(share == 0 for share in load)),
@@ -111,7 +115,8 @@ def inspect_adapter(path: Path | str) -> AdapterSummary:
     content = read_adapter_config(folder)
     if content.get("peft_type") != PEFT_TYPE:
         raise AdapterError(
-            f"{folder} is a {content.get('peft_type')} adapter; `moelora inspect` reads {PEFT_TYPE} only."
+            f"{folder} is a {content.get('peft_type')} adapter; `moelora inspect` reads "
+            f"{PEFT_TYPE} only."
         )
     digest = verify_weights(folder)
     modules: Counter[str] = Counter()

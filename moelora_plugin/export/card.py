@@ -10,12 +10,16 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from moelora_eval_tasks.scoring import SCORE
+
 from ..checkpoint import WEIGHTS_FILE
 from ..errors import ConfigError
 from ..files import sha256_of
 from .merged import Merge
 
 _PAPER = "[A Stronger Mixture of Low-Rank Experts](https://arxiv.org/abs/2502.15828) (ICML 2025)"
+
+_MAX_TARGETS = 12
 
 
 def read_scores(eval_file: Path | str | None, adapter: Path) -> dict[str, Any]:
@@ -55,7 +59,7 @@ def adapter_card(
         f"{config['r']} each, alpha {config['lora_alpha']}",
         "Router": config["router"],
         "Gate rescaling": f"{config['gate_rescale']} (scope {config['gate_rescale_scope']})",
-        "Target modules": _listing(config.get("target_modules")),
+        "Target modules": _targets(config.get("target_modules")),
         **_training(manifest),
     }
     return _card(
@@ -65,10 +69,13 @@ def adapter_card(
         f"A mixture of LoRA experts, after {_PAPER}, made with moelora.",
         _facts(facts),
         _scores(scores),
-        "## Load it\n\n```python\nimport moelora_plugin  # pip install moelora: PEFT learns the type "
+        "## Load it\n\n```python\nimport moelora_plugin  # pip install moelora: PEFT learns the "
+        "type "
         "MOELORA\nfrom peft import AutoPeftModelForCausalLM\n\nmodel = "
-        'AutoPeftModelForCausalLM.from_pretrained("THIS_REPOSITORY")\n```\n\nWithout the package PEFT '
-        "answers `KeyError: 'MOELORA'`; the adapter never loads as something else. The gates follow the "
+        'AutoPeftModelForCausalLM.from_pretrained("THIS_REPOSITORY")\n```\n\n'
+        "Without the package PEFT "
+        "answers `KeyError: 'MOELORA'`; the adapter never loads as something else. The gates "
+        "follow the "
         "input, so it cannot be merged exactly; `moelora export --to merged --strategy mean-gate` "
         "writes an approximation.",
     )
@@ -79,12 +86,18 @@ def merged_card(
 ) -> str:
     """The card of a merged checkpoint."""
     if merge.strategy == "exact":
-        how = "The adapter's gates do not depend on the input, so this checkpoint equals it up to rounding."
+        how = (
+            "The adapter's gates do not depend on the input, so this checkpoint equals it up to "
+            "rounding."
+        )
     else:
         how = (
-            "Every expert has its mean gate over calibration text, so this checkpoint **approximates** "
-            f"the adapter: the relative error of the logits there is {merge.logit_error:.4f}, and that of "
-            f"a layer's update up to {max(merge.layer_errors.values(), default=0.0):.4f}. Scores of the "
+            "Every expert has its mean gate over calibration text, so this checkpoint "
+            "**approximates** "
+            f"the adapter: the relative error of the logits there is {merge.logit_error:.4f}, and "
+            "that of "
+            f"a layer's update up to {max(merge.layer_errors.values(), default=0.0):.4f}. Scores "
+            "of the "
             "adapter are not scores of this checkpoint."
         )
     return _card(
@@ -119,6 +132,14 @@ def _listing(value: Any) -> str:
     return f"`{value}`" if isinstance(value, str) else ", ".join(f"`{v}`" for v in value or [])
 
 
+def _targets(value: Any) -> str:
+    """PEFT writes "all-linear" out as the full name of every module, which is a page of names."""
+    if isinstance(value, str) or len(value or []) <= _MAX_TARGETS:
+        return _listing(value)
+    kinds = {name.rpartition(".")[2] for name in value}
+    return f"{_listing(sorted(kinds))} ({len(value)} modules)"
+
+
 def _training(manifest: Mapping[str, Any]) -> dict[str, str]:
     recipe = manifest.get("recipe")
     if not recipe:
@@ -126,7 +147,8 @@ def _training(manifest: Mapping[str, Any]) -> dict[str, str]:
     optimizer = recipe["optimizer"]
     return {
         "Trained on": _listing(list(recipe["data"]["tasks"])),
-        "Optimizer": f"{optimizer['name']}, lr {optimizer['lr']:g}, gate lr {optimizer['gate_lr']:g}",
+        "Optimizer": f"{optimizer['name']}, lr {optimizer['lr']:g}, "
+        f"gate lr {optimizer['gate_lr']:g}",
         "Steps": f"{manifest['steps']}",
         "Trainable parameters": f"{manifest['trainable_parameters']:,}",
     }
@@ -141,7 +163,10 @@ def _scores(scores: Mapping[str, Any], title: str = "Scores") -> str:
         return ""
     rows = []
     for task, result in scores.items():
-        for metric, estimate in result["metrics"].items():
+        official = [metric for metric in result["metrics"] if metric != SCORE]
+        # The score of a task with a single metric is that metric.
+        for metric in official if len(official) == 1 else [*official, SCORE]:
+            estimate = result["metrics"][metric]
             base = result.get("base", {}).get(metric)
             rows.append(
                 f"| {task} | {result['n']} | {metric} | {_points(base) if base else ''} | "

@@ -37,8 +37,8 @@ class Merge:
 
     Attributes:
         strategy: what was asked for.
-        layer_errors: per layer, |static(x) - routed(x)| / |routed(x)| of the update over the calibration
-            tokens (Frobenius norms); empty where the merge is exact.
+        layer_errors: per layer, |static(x) - routed(x)| / |routed(x)| of the update over the
+            calibration tokens (Frobenius norms); empty where the merge is exact.
         logit_error: the same of the final logits.
     """
 
@@ -63,7 +63,8 @@ def merge_mean_gate(
 ) -> Merge:
     """Give every expert its mean gate over `texts` and fold, in place.
 
-    The gates of a layer that ignores its input are their own mean, so such an adapter merges exactly.
+    The gates of a layer that ignores its input are their own mean, so such an adapter merges
+    exactly.
 
     Raises:
         ExportError: gates are NaN or infinite.
@@ -97,7 +98,8 @@ def calibration_texts(tasks: Sequence[str], data_dir: str | None) -> list[str]:
     """
     if not tasks:
         raise ConfigError(
-            "mean-gate averages the gates over text, and this adapter does not say what it was trained "
+            "mean-gate averages the gates over text, and this adapter does not say what it was "
+            "trained "
             "on; pass --calibration-tasks, for example sst2."
         )
     resolved = resolve(tasks)
@@ -119,7 +121,8 @@ def _mean_gates(
         counts = statistics.layers.get(name)
         if counts is None or counts.not_finite or not counts.tokens:
             raise ExportError(
-                f"The gates of {name} are not finite numbers on all of the calibration text, so they have "
+                f"The gates of {name} are not finite numbers on all of the calibration text, so "
+                "they have "
                 "no mean; the adapter seems broken."
             )
         gates[name] = layer.moelora_A["default"].new_tensor(counts.summary()["weight"])
@@ -133,7 +136,7 @@ def _layer_errors(
     updates: dict[str, Tensor],
     batches: Sequence[Any],
 ) -> dict[str, float]:
-    """Relative error of each layer's update over all calibration tokens, on the routed model's inputs."""
+    """Relative error of each layer's update over the calibration tokens, on the routed inputs."""
     sums = {name: [0.0, 0.0] for name in layers}
 
     def compare(name: str) -> Any:

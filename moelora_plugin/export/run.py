@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import AutoConfig
 
+from ..analysis.names import short_name
 from ..base_model import resolve_dtype
 from ..checkpoint import (
     CONFIG_FILE,
@@ -69,11 +70,11 @@ class ExportResult:
             return Group(head)
         head.add_row("[bold]relative error, logits[/bold]", f"{self.merge.logit_error:.4f}")
         errors = Table(title="Relative error of the update, worst layers", title_justify="left")
-        errors.add_column("layer")
+        errors.add_column("layer", overflow="fold")
         errors.add_column("error", justify="right")
         worst = sorted(self.merge.layer_errors.items(), key=lambda item: -item[1])
         for name, error in worst[: self._errors_shown]:
-            errors.add_row(name, f"{error:.4f}")
+            errors.add_row(short_name(name), f"{error:.4f}")
         return Group(head, errors)
 
 
@@ -97,8 +98,9 @@ def export_adapter(
         adapter: folder or hub id of a saved adapter.
         out: folder to make; written whole or not at all.
         to: "safetensors" (the adapter and a model card) or "merged" (a full checkpoint).
-        strategy: for "merged". "exact": only where the gates do not depend on the input. "mean-gate":
-            every expert gets its mean gate over calibration text, and the error is reported.
+        strategy: for "merged". "exact": only where the gates do not depend on the input.
+            "mean-gate": every expert gets its mean gate over calibration text, and the error is
+            reported.
         base: folder or hub id of the base, where it is not the adapter's own.
         eval_file: a `moelora_eval.json` whose scores go on the card.
         calibration_tasks: tasks whose training rows mean-gate averages over; by default those the
@@ -159,8 +161,8 @@ def _write_adapter(
     verify_weights(source)
     config = read_adapter_config(source)
     with atomic_directory(out, overwrite=overwrite) as folder:
-        # Everything that belongs to the adapter; what else lies in a checkpoint folder (optimizer state,
-        # the trainer's state) stays behind.
+        # Everything that belongs to the adapter; what else lies in a checkpoint folder (optimizer
+        # state, the trainer's state) stays behind.
         for file in source.iterdir():
             if _is_shared(file.name):
                 shutil.copy2(file, folder / file.name)

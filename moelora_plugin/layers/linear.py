@@ -29,10 +29,11 @@ _NOT_LINEAR = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttent
 class MoeLoraLinear(nn.Module, BaseTunerLayer):
     """base(x) + s * sum_i g_i(x) B_i A_i dropout(x)     (arXiv 2502.15828, eq. 8).
 
-    The base is any module that maps (..., in) to (..., out) and whose features PEFT can read: nn.Linear,
-    transformers' Conv1D, a quantised linear. Only its forward is called.
+    The base is any module that maps (..., in) to (..., out) and whose features PEFT can read:
+    nn.Linear, transformers' Conv1D, a quantised linear. Only its forward is called.
 
-    Parameters are keyed by adapter name: `moelora_A` (R, in), `moelora_B` (out, R), `moelora_router`.
+    Parameters are keyed by adapter name: `moelora_A` (R, in), `moelora_B` (out, R),
+    `moelora_router`.
     """
 
     adapter_layer_names = ("moelora_A", "moelora_B", "moelora_router")
@@ -197,7 +198,8 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
             weights_E = self._router(adapter).static_weights()
         if weights_E is None:
             raise ExportError(
-                "The gates of this adapter follow the input, so no single weight equals it; serve it "
+                "The gates of this adapter follow the input, so no single weight equals it; serve "
+                "it "
                 "unmerged, or write an approximation with `moelora export ADAPTER --to merged "
                 "--strategy mean-gate --out DIR`."
             )
@@ -228,7 +230,8 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
         weight = getattr(self.get_base_layer(), "weight", None)
         if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
             raise ExportError(
-                f"Cannot merge into {type(self.get_base_layer()).__name__}: its weight is quantised; load "
+                f"Cannot merge into {type(self.get_base_layer()).__name__}: its weight is "
+                "quantised; load "
                 "the base in a floating-point dtype."
             )
         return weight
@@ -247,7 +250,7 @@ def _features(base: nn.Module) -> tuple[int, int]:
         )
     if in_features is None or out_features is None:
         raise ConfigError(
-            f"Cannot adapt a {type(base).__name__}: experts need a linear map; remove it from "
+            f"Cannot adapt {type(base).__name__}: experts need a linear map; remove it from "
             "target_modules or name it in exclude_modules."
         )
     return int(in_features), int(out_features)

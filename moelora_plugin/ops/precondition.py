@@ -7,7 +7,8 @@ Per expert i (arXiv 2502.15828, eq. 6, with damping):
 
 The r x r metrics of all experts of all layers that share r are factorised together in one call.
 
-Shape suffixes: I in, O out, E experts, R total rank; r is one expert's rank. N counts the experts of all layers.
+Shape suffixes: I in, O out, E experts, R total rank; r is one expert's rank. N counts the experts
+of all layers.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Each retry multiplies the damping of the metrics that failed. A finite Gram matrix plus a shift beyond its
-# rounding error is positive definite, so a handful of retries always suffices.
+# Each retry multiplies the damping of the metrics that failed. A finite Gram matrix plus a shift
+# beyond its rounding error is positive definite, so a handful of retries always suffices.
 _ESCALATION = 10.0
 
 
@@ -28,15 +29,18 @@ def split_experts(factor: Tensor, ranks: Sequence[int], dim: int) -> Tensor:
 
     Args:
         factor: stacked A (R, I) with dim 0, or stacked B (O, R) with dim 1.
-        ranks: rank of each expert; where they differ the result is padded with zero rows to the largest.
+        ranks: rank of each expert; where they differ the result is padded with zero rows to the
+            largest.
         dim: the rank dimension of `factor`.
 
     Returns:
-        (E, max r, I) for A; (E, max r, O) for B, that is each B_i transposed. A view where all ranks are equal.
+        (E, max r, I) for A; (E, max r, O) for B, that is each B_i transposed. A view where all
+        ranks are equal.
     """
     rows = factor if dim == 0 else factor.T
     if len(set(ranks)) == 1:
-        return rows.unflatten(0, (len(ranks), -1))
+        experts: Tensor = rows.unflatten(0, (len(ranks), -1))
+        return experts
     padded = rows.new_zeros(len(ranks), max(ranks), rows.shape[1])
     padded[_rank_mask(ranks, rows.device)] = rows
     return padded
@@ -60,8 +64,8 @@ def _rank_mask(ranks: Sequence[int], device: torch.device) -> Tensor:
 def gram(experts: Tensor) -> Tensor:
     """Metrics of (E, r, n) factors: (E, r, r), in fp32 or wider.
 
-    TF32 products would lose the small eigenvalues that the damping is there to keep, so the product runs in full
-    precision whatever the global switch says.
+    TF32 products would lose the small eigenvalues that the damping is there to keep, so the product
+    runs in full precision whatever the global switch says.
     """
     wide = experts.to(torch.promote_types(experts.dtype, torch.float32))
     if wide.is_cuda and wide.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
@@ -99,8 +103,9 @@ def _damped_inverse(metrics_Nrr: Tensor, damping: float) -> tuple[Tensor, int]:
     """One batch, by Cholesky.
 
     A metric whose factorisation fails (rounding can leave a rank-deficient Gram matrix slightly
-    indefinite) is tried again with ten times the damping until it succeeds; it is never replaced by the
-    identity, which would silently turn the method into the plain gradient, as the reference code does.
+    indefinite) is tried again with ten times the damping until it succeeds; it is never replaced by
+    the identity, which would silently turn the method into the plain gradient, as the reference
+    code does.
     """
     eye = torch.eye(metrics_Nrr.shape[-1], dtype=metrics_Nrr.dtype, device=metrics_Nrr.device)
     factors, info = torch.linalg.cholesky_ex(metrics_Nrr + damping * eye)
@@ -108,12 +113,14 @@ def _damped_inverse(metrics_Nrr: Tensor, damping: float) -> tuple[Tensor, int]:
         return torch.cholesky_inverse(factors), 0
     if not bool(torch.isfinite(metrics_Nrr).all()):
         raise FloatingPointError(
-            "An expert's weights are NaN or infinite, so its Riemannian metric cannot be inverted; lower "
+            "An expert's weights are NaN or infinite, so its Riemannian metric cannot be "
+            "inverted; lower "
             "the learning rate (lr) or raise damping."
         )
     failed = info.nonzero().squeeze(1)
     escalated = len(failed)
-    # With damping 0 there is nothing to multiply: start at the rounding error of the largest metric.
+    # With damping 0 there is nothing to multiply: start at the rounding error of the largest
+    # metric.
     rounding = torch.finfo(metrics_Nrr.dtype).eps * float(metrics_Nrr.abs().amax().clamp(min=1.0))
     shift = max(damping, rounding)
     while len(failed):

@@ -1,6 +1,6 @@
-"""The whole mixture as two products of LoRA's own size, with a chosen exponent on the gates' backward.
+"""The mixture as two products of LoRA's own size, with a chosen exponent on the gates' backward.
 
-Shape suffixes: T tokens, I in, O out, E experts, R total rank.
+Shape suffixes: T tokens, I in, O out, E experts, R total rank; r is one expert's rank.
 """
 
 from __future__ import annotations
@@ -26,30 +26,35 @@ def rank_gated(
 ) -> Tensor:
     """The mixture's update s ((x A^T) * spread(g)) B^T, whatever the number of experts.
 
-    The value is eq. 8 of arXiv 2502.15828. In the backward, A and B see g^p in place of g (p = 1, 1/2 or 0 on
-    selected experts), the gates always receive their ordinary gradient <B^T dy, A x> per expert, and x receives the
-    true gradient (scope "weights", eq. 13) or the surrogate (scope "output", Algorithm 1).
+    The value is eq. 8 of arXiv 2502.15828. In the backward, A and B see g^p in place of g (p = 1,
+    1/2 or 0 on selected experts), the gates always receive their ordinary gradient <B^T dy, A x>
+    per expert, and x receives the true gradient (scope "weights", eq. 13) or the surrogate (scope
+    "output", Algorithm 1).
 
     Args:
         x_TI: inputs, dropout already applied (T, I).
         a_RI: the experts' A stacked along the rank (R, I).
         b_OR: the experts' B stacked along the rank (O, R).
-        weights_TE: gates (T, E), zero for experts that were not selected; any floating dtype, fp32 or wider advised.
-        scaling: LoRA scale s. As in PEFT's LoRA it multiplies the (T, O) product, so that one expert with gate 1 is
-            LoRA bit for bit.
-        gate_rescale: "none", "sqrt" or "exact". An expert whose gate underflowed to 0 counts as not selected.
+        weights_TE: gates (T, E), zero for experts that were not selected; any floating dtype, fp32
+            or wider advised.
+        scaling: LoRA scale s. As in PEFT's LoRA it multiplies the (T, O) product, so that one
+            expert with gate 1 is LoRA bit for bit.
+        gate_rescale: "none", "sqrt" or "exact". An expert whose gate underflowed to 0 counts as not
+            selected.
         gate_rescale_scope: "weights" or "output".
-        expert_of_rank_R: the expert that owns each rank (R,), needed only where the experts' ranks differ.
+        expert_of_rank_R: the expert that owns each rank (R,), needed only where the experts' ranks
+            differ.
 
     Returns:
         (T, O) in the common dtype of x, A and B. Under autocast that is the autocast dtype.
     """
     device_type = x_TI.device.type
     if torch.is_autocast_enabled(device_type):
-        # Autocast stops at a custom Function's border, so what `linear` would do happens here, differentiably.
+        # Autocast stops at a custom Function's border, so what `linear` would do happens here,
+        # differentiably.
         dtype = torch.get_autocast_dtype(device_type)
         x_TI, a_RI, b_OR = x_TI.to(dtype), a_RI.to(dtype), b_OR.to(dtype)
-    out: Tensor = _RankGated.apply(
+    out: Tensor = _RankGated.apply(  # type: ignore[no-untyped-call]
         x_TI, a_RI, b_OR, weights_TE, scaling, gate_rescale, gate_rescale_scope, expert_of_rank_R
     )
     return out
@@ -79,7 +84,7 @@ class _RankGated(torch.autograd.Function):
         return torch.nn.functional.linear(h_TR, b_OR) * scaling
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
         x_TI, a_RI, b_OR, weights_TE, z_TR, expert_of_rank_R = ctx.saved_tensors
         needs_x, needs_a, needs_b, needs_gates = ctx.needs_input_grad[:4]
@@ -105,12 +110,13 @@ class _RankGated(torch.autograd.Function):
 
 
 def _gate_ranks(z_TR: Tensor, weights_TE: Tensor, expert_of_rank_R: Tensor | None) -> Tensor:
-    """z * spread(g): expert i's gate multiplies expert i's ranks."""
+    """Gated z, that is z * spread(g): expert i's gate multiplies expert i's ranks."""
     gates = weights_TE.to(z_TR.dtype)
     if expert_of_rank_R is not None:
         return z_TR * gates.index_select(-1, expert_of_rank_R)
     # A view of z as (T, E, r) lets broadcasting do the spreading: no (T, R) copy of the gates.
-    return (z_TR.unflatten(-1, (gates.shape[-1], -1)) * gates.unsqueeze(-1)).flatten(-2)
+    z_TEr = z_TR.view(*gates.shape, z_TR.shape[-1] // gates.shape[-1])
+    return (z_TEr * gates.unsqueeze(-1)).flatten(-2)
 
 
 def _surrogate_gates(weights_TE: Tensor, gate_rescale: GateRescale) -> Tensor:
@@ -125,8 +131,9 @@ def _surrogate_gates(weights_TE: Tensor, gate_rescale: GateRescale) -> Tensor:
 def _sum_ranks(
     grad_h_TR: Tensor, z_TR: Tensor, weights_TE: Tensor, expert_of_rank_R: Tensor | None
 ) -> Tensor:
-    """Gradient of the gates: <grad_h, z> summed over each expert's ranks, in the gates' own (wider) dtype."""
+    """Gradient of the gates: grad_h * z summed over each expert's ranks, in the gates' dtype."""
     product_TR = grad_h_TR.to(weights_TE.dtype) * z_TR.to(weights_TE.dtype)
     if expert_of_rank_R is not None:
         return torch.zeros_like(weights_TE).index_add(-1, expert_of_rank_R, product_TR)
-    return product_TR.unflatten(-1, (weights_TE.shape[-1], -1)).sum(-1)
+    rank = product_TR.shape[-1] // weights_TE.shape[-1]
+    return product_TR.view(*weights_TE.shape, rank).sum(-1)

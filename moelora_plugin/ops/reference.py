@@ -1,7 +1,8 @@
 """The slow oracle: a mixture of LoRA experts written as the papers write it.
 
-One Python loop over experts, autograd for every gradient, detach for the surrogates. Nothing in the package calls
-this; tests hold every fast path to it, and `benchmarks/` times it as "how published code computes it".
+One Python loop over experts, autograd for every gradient, detach for the surrogates. Nothing in the
+package calls this; tests hold every fast path to it, and `benchmarks/` times it as "how published
+code computes it".
 
 Shape suffixes: T tokens, I in, O out, E experts, R total rank; r is one expert's rank.
 """
@@ -28,14 +29,14 @@ def moe_lora_loop(
 ) -> Tensor:
     """Sum over experts of g_i s B_i A_i x, with the surrogate backward spelled out by detaching.
 
-    The value is sum_i g_i s B_i A_i x in every mode (arXiv 2502.15828, eq. 8). The gradient of A_i and B_i sees
-    c_i = g_i^p in place of g_i:
+    The value is sum_i g_i s B_i A_i x in every mode (arXiv 2502.15828, eq. 8). The gradient of A_i
+    and B_i sees c_i = g_i^p in place of g_i:
 
         c_i E_i + (g_i - c_i) stop(E_i)         E_i = s B_i A_i x      (eq. 13, Algorithm 1)
 
-    With scope "output", `stop` detaches the whole expert output, so x receives the surrogate as well (Algorithm 1 and
-    the reference code). With scope "weights" it detaches A_i and B_i only, so x receives the true gradient (eq. 13
-    read literally: the hats stand on the matrices).
+    With scope "output", `stop` detaches the whole expert output, so x receives the surrogate as
+    well (Algorithm 1 and the reference code). With scope "weights" it detaches A_i and B_i only, so
+    x receives the true gradient (eq. 13 read literally: the hats stand on the matrices).
 
     Args:
         x_TI: inputs (T, I), dropout already applied.
@@ -79,7 +80,7 @@ def _surrogate(gate: Tensor, gate_rescale: GateRescale) -> Tensor:
 
 
 def topk_softmax_loop(logits_TE: Tensor, top_k: int) -> Tensor:
-    """Softmax over all experts, keep the `top_k` largest, divide by the kept sum: one token at a time."""
+    """Softmax over all experts, keep the `top_k` largest, divide by their sum, token by token."""
     rows = []
     for logits_E in logits_TE:
         probs_E = torch.softmax(logits_E, dim=0)
@@ -100,7 +101,8 @@ def precondition_loop(
 ) -> tuple[Tensor, Tensor]:
     """Eq. 6 of arXiv 2502.15828 with damping, one expert at a time, by explicit inverses.
 
-    grad_A_i <- (B_i^T B_i + damping I)^-1 grad_A_i and grad_B_i <- grad_B_i (A_i A_i^T + damping I)^-1.
+    grad_A_i <- (B_i^T B_i + damping I)^-1 grad_A_i and grad_B_i <- grad_B_i (A_i A_i^T + damping
+    I)^-1.
     """
     new_a, new_b = torch.empty_like(grad_a_RI), torch.empty_like(grad_b_OR)
     start = 0

@@ -59,19 +59,21 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer called `name` over everything in `model` that trains.
 
-    Also resolves the adapters' `gate_rescale="auto"`: "sqrt" for grsgd and gradamw, "none" for rsgd and
-    radamw. An explicit value in an adapter's config wins, with a warning where the name says otherwise. A
-    model with plain PEFT LoRA layers is taken as mixtures of one expert each.
+    Also resolves the adapters' `gate_rescale="auto"`: "sqrt" for grsgd and gradamw, "none" for rsgd
+    and radamw. An explicit value in an adapter's config wins, with a warning where the name says
+    otherwise. A model with plain PEFT LoRA layers is taken as mixtures of one expert each.
 
-    Build it after the adapter is in place and in its final dtype: PEFT and accelerate replace parameters.
+    Build it after the adapter is in place and in its final dtype: PEFT and accelerate replace
+    parameters.
 
     Args:
         model: a PeftModel (or any module) with MoE-LoRA or LoRA layers.
         name: "rsgd", "grsgd", "radamw" or "gradamw".
-        lr: learning rate of the experts and of other trainable parameters. The paper uses 1e-5 to 3e-5
-            with AdamW and 3e-5 with SGD on 3B models.
+        lr: learning rate of the experts and of other trainable parameters. The paper uses 1e-5 to
+            3e-5 with AdamW and 3e-5 with SGD on 3B models.
         gate_lr: learning rate of the gates. The paper's 3e-8 all but freezes the router.
-        gate_max_grad_norm: the gates' gradients are clipped to this joint norm; None switches it off.
+        gate_max_grad_norm: the gates' gradients are clipped to this joint norm; None switches it
+            off.
         damping: added to the metrics' diagonal, in the unit of squared factor entries.
         order: "jacobi" (eq. 6, default) or "gauss_seidel" (the reference AdamW).
         scale_compensation: divide the preconditioned gradients by the squared LoRA scale.
@@ -99,7 +101,7 @@ def build_optimizer(
         gate_max_grad_norm=gate_max_grad_norm,
         weight_decay=weight_decay,
     )
-    riemannian = {
+    riemannian: dict[str, Any] = {
         "lr": lr,
         "damping": damping,
         "order": order,
@@ -107,8 +109,14 @@ def build_optimizer(
         "lora_plus_ratio": lora_plus_ratio,
     }
     if spec.optimizer is RiemannianAdamW:
-        adamw = {"bias_correction": bias_correction, "betas": tuple(betas), "eps": eps}
-        return RiemannianAdamW(groups, **riemannian, **adamw, **base)
+        return RiemannianAdamW(
+            groups,
+            **riemannian,
+            bias_correction=bias_correction,
+            betas=tuple(betas),
+            eps=eps,
+            **base,
+        )
     return RiemannianSGD(groups, **riemannian, **base)
 
 
@@ -117,12 +125,13 @@ def _resolve_gate_rescale(model: nn.Module, name: str, mode: GateRescale) -> Non
     if tuner is None:
         return
     for adapter in tuner.active_adapters:
-        chosen = tuner.peft_config[adapter].gate_rescale
+        chosen = tuner.config_of(adapter).gate_rescale
         if chosen == "auto":
             tuner.set_gate_rescale(mode, adapter)
         elif chosen != mode:
             warnings.warn(
-                f"{name} stands for gate_rescale={mode!r}, but adapter {adapter!r} says {chosen!r}, "
+                f"{name} stands for gate_rescale={mode!r}, but adapter {adapter!r} says "
+                f"{chosen!r}, "
                 "which is used.",
                 UserWarning,
                 stacklevel=3,

@@ -6,8 +6,9 @@ A group is an ordinary dict of torch's with a `role`:
     gates     the routers' parameters; `max_grad_norm` clips their joint gradient
     other     biases, modules_to_save and the like; stepped without preconditioning
 
-The pairs live in the group itself, by position, so that engines which replace parameters (accelerate, FSDP)
-keep them paired, and everything in it is plain Python, so that `torch.load(weights_only=True)` reads it.
+The pairs live in the group itself, by position, so that engines which replace parameters
+(accelerate, FSDP) keep them paired, and everything in it is plain Python, so that
+`torch.load(weights_only=True)` reads it.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def lora_pairs(model: nn.Module) -> list[ExpertPair]:
         for adapter in module.lora_A:
             if adapter not in module.lora_B:
                 continue
-            a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+            a: Any = module.lora_A[adapter].weight
+            b: Any = module.lora_B[adapter].weight
             if a.ndim == b.ndim == 2 and a.requires_grad and b.requires_grad:
                 pairs.append(ExpertPair(a, b, (a.shape[0],), module.scaling[adapter]))
     return pairs
@@ -57,7 +59,8 @@ def parameter_groups(
     """Sort every trainable parameter of `model` into groups; empty groups are left out.
 
     Raises:
-        ConfigError: the model has no trainable experts, or a parameter of a MoE-LoRA layer is in no group.
+        ConfigError: the model has no trainable experts, or a parameter of a MoE-LoRA layer is in no
+            group.
     """
     layers = moelora_layers(model)
     pairs = [pair for layer in layers.values() for pair in layer.expert_pairs()] + lora_pairs(model)

@@ -1,7 +1,7 @@
 """RiemannianSGD and RiemannianAdamW: torch's own optimizers on preconditioned gradients.
 
-The step itself, its fused and foreach paths and its state are torch's; only the gradients it sees differ. They are
-put back afterwards, so nothing is preconditioned twice.
+The step itself, its fused and foreach paths and its state are torch's; only the gradients it sees
+differ. They are put back afterwards, so nothing is preconditioned twice.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..errors import ConfigError
 from ..ops.precondition import damped_inverses, gram, join_experts, split_experts
@@ -20,9 +19,9 @@ from .groups import EXPERTS, GATES, Group
 
 ORDERS = ("jacobi", "gauss_seidel")
 
-# torch's AdamW divides by 1 - beta^step. Counting from here both corrections are exactly 1 in floating point
-# (0.99999^(2^23) is 3e-37), so the stock kernels, fused ones too, run without bias correction; fp32 counts
-# another eight million steps exactly.
+# torch's AdamW divides by 1 - beta^step. Counting from here both corrections are exactly 1 in
+# floating point (0.99999^(2^23) is 3e-37), so the stock kernels, fused ones too, run without bias
+# correction; fp32 counts another eight million steps exactly.
 _STEP_WITHOUT_BIAS_CORRECTION = 2.0**23
 
 
@@ -35,8 +34,9 @@ class _Riemannian(torch.optim.Optimizer):
         for group in self.param_groups:
             for key, value in options.items():
                 group.setdefault(key, value)
-        # The fused kernels would take still scaled gradients from a GradScaler; the metrics and the clipping
-        # need them unscaled, which is what the scaler does for optimizers that do not claim this.
+        # The fused kernels would take still scaled gradients from a GradScaler; the metrics and the
+        # clipping need them unscaled, which is what the scaler does for optimizers that do not
+        # claim this.
         self._step_supports_amp_scaling = False
         self._check_groups()
 
@@ -48,12 +48,13 @@ class _Riemannian(torch.optim.Optimizer):
                 raise ConfigError(f"damping={group['damping']!r} must not be negative.")
             if group.get("role") == EXPERTS and len(group["params"]) != 2 * len(group["ranks"]):
                 raise ConfigError(
-                    f"An experts group holds {len(group['params'])} parameters for {len(group['ranks'])} pairs; "
+                    f"An experts group holds {len(group['params'])} parameters for "
+                    f"{len(group['ranks'])} pairs; "
                     "pass the groups of optim.groups.parameter_groups unchanged."
                 )
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step on the preconditioned gradients.
 
         Pairs of which one gradient is None are preconditioned on the other alone.
@@ -97,7 +98,8 @@ class _Riemannian(torch.optim.Optimizer):
             if group.get("role") != GATES or limit is None or not grads:
                 continue
             norm = torch.nn.utils.get_total_norm(grads)
-            # The same coefficient as torch.nn.utils.clip_grad_norm_, not in place: the caller keeps its gradients.
+            # The same coefficient as torch.nn.utils.clip_grad_norm_, not in place: the caller keeps
+            # its gradients.
             scale = (limit / (norm + 1e-6)).clamp(max=1.0)
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -114,8 +116,8 @@ class _Riemannian(torch.optim.Optimizer):
     def _step_a_then_b(self) -> None:
         """Two stock steps: first A and everything that is not an expert, then B.
 
-        Under gauss_seidel B's metric is taken from the A that has just moved. torch skips parameters without a
-        gradient, so each is stepped once.
+        Under gauss_seidel B's metric is taken from the A that has just moved. torch skips
+        parameters without a gradient, so each is stepped once.
         """
         jacobi = [group for group in self._expert_groups() if group["order"] == "jacobi"]
         gauss_seidel = [
@@ -142,7 +144,7 @@ class _Riemannian(torch.optim.Optimizer):
             group["lr"] = lr
 
     def _precondition(self, sides: Iterable[str], groups: list[Group] | None = None) -> None:
-        """Replace the gradients of A and/or B by their preconditioned ones, all metrics of one size at once."""
+        """Replace the gradients of A and/or B by their preconditioned ones."""
         for group in self._expert_groups() if groups is None else groups:
             for side in sides:
                 self._precondition_side(group, side)
@@ -160,7 +162,8 @@ class _Riemannian(torch.optim.Optimizer):
         inverses, escalated = damped_inverses(metrics, group["damping"])
         if escalated:
             warnings.warn(
-                f"{escalated} expert metric(s) were too ill-conditioned for damping={group['damping']:g} and got "
+                f"{escalated} expert metric(s) were too ill-conditioned for "
+                f"damping={group['damping']:g} and got "
                 "more in this step; raise damping if this persists.",
                 RuntimeWarning,
                 stacklevel=2,
@@ -175,7 +178,7 @@ class _Riemannian(torch.optim.Optimizer):
 
 
 class RiemannianSGD(_Riemannian, torch.optim.SGD):
-    """torch's SGD on Riemannian-preconditioned expert gradients: RSGD, and gRSGD with a rescaled adapter.
+    """RSGD, and gRSGD with a rescaled adapter: torch's SGD on preconditioned gradients.
 
     X moves by -lr s^2 g^(1+p) times the projections of the full gradient onto col(B_i) and row(A_i)
     (arXiv 2502.15828, eq. 9 to 12, counting s and the forward's g).
@@ -184,7 +187,8 @@ class RiemannianSGD(_Riemannian, torch.optim.SGD):
         params: groups of `optim.groups.parameter_groups`; `build_optimizer` makes them.
         lr: step per update, dimensionless: the preconditioned gradient is in units of X.
         damping: added to the metrics' diagonal, in the unit of squared factor entries.
-        order: "jacobi" (A and B from the old values, eq. 6) or "gauss_seidel" (B's metric from the new A).
+        order: "jacobi" (A and B from the old values, eq. 6) or "gauss_seidel" (B's metric from the
+            new A).
         scale_compensation: divide the preconditioned gradients by s^2.
         lora_plus_ratio: B's learning rate over A's (LoRA+).
         **sgd: torch.optim.SGD's own options (momentum, weight_decay, fused, ...).
@@ -211,19 +215,22 @@ class RiemannianSGD(_Riemannian, torch.optim.SGD):
 
 
 class RiemannianAdamW(_Riemannian, torch.optim.AdamW):
-    """torch's AdamW on Riemannian-preconditioned expert gradients: RAdamW, and gRAdamW with a rescaled adapter.
+    """RAdamW, and gRAdamW with a rescaled adapter: torch's AdamW on preconditioned gradients.
 
-    The preconditioned gradient feeds both moments. Decoupled weight decay acts on the parameters as in AdamW.
+    The preconditioned gradient feeds both moments. Decoupled weight decay acts on the parameters as
+    in AdamW.
 
     Args:
         params: groups of `optim.groups.parameter_groups`; `build_optimizer` makes them.
         lr: step per update; AdamW moves each entry by about lr.
         damping: added to the metrics' diagonal, in the unit of squared factor entries.
-        order: "jacobi" (A and B from the old values, eq. 6) or "gauss_seidel" (B's metric from the new A).
-        bias_correction: False reproduces the reference code, whose first step is about sqrt(1 / (1 - beta2)) times
-            (1 - beta1) as long, that is 3.16 lr. The state's `step` then counts from 2^23.
-        scale_compensation: divide the preconditioned gradients by s^2; AdamW's normalisation makes this matter only
-            through eps.
+        order: "jacobi" (A and B from the old values, eq. 6) or "gauss_seidel" (B's metric from the
+            new A).
+        bias_correction: False reproduces the reference code, whose first step is about sqrt(1 / (1
+            - beta2)) times (1 - beta1) as long, that is 3.16 lr. The state's `step` then counts
+            from 2^23.
+        scale_compensation: divide the preconditioned gradients by s^2; AdamW's normalisation makes
+            this matter only through eps.
         lora_plus_ratio: B's learning rate over A's (LoRA+).
         **adamw: torch.optim.AdamW's own options (betas, eps, weight_decay, fused, ...).
     """
@@ -250,9 +257,9 @@ class RiemannianAdamW(_Riemannian, torch.optim.AdamW):
         )
 
     def _init_group(self, group: Group, *args: Any, **kwargs: Any) -> Any:
-        """torch's own state; without bias correction its step counter starts where both are 1."""
+        """Torch's own state; without bias correction its step counter starts where both are 1."""
         fresh = [p for p in group["params"] if p.grad is not None and not self.state.get(p)]
-        result = super()._init_group(group, *args, **kwargs)  # type: ignore[misc]
+        result = super()._init_group(group, *args, **kwargs)  # type: ignore[no-untyped-call]
         if not group["bias_correction"]:
             for parameter in fresh:
                 self.state[parameter]["step"].add_(_STEP_WITHOUT_BIAS_CORRECTION)

@@ -1,4 +1,7 @@
-"""Routers: the modules that turn a layer's input into gates. One file each, one line in `ROUTERS`."""
+"""Routers: the modules that turn a layer's input into gates.
+
+One file each, one line in `ROUTERS`.
+"""
 
 from __future__ import annotations
 

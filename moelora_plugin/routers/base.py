@@ -12,8 +12,9 @@ from ..types import LayerPlan, Routing
 class Router(nn.Module, ABC):
     """A module x -> Routing for one target module.
 
-    Its parameters are direct attributes (no submodules): PEFT strips the adapter's name from a state-dict key only
-    where it is the last or the last but one part (`moelora_router.<adapter>.<parameter>`).
+    Its parameters are direct attributes (no submodules): PEFT strips the adapter's name from a
+    state-dict key only where it is the last or the last but one part
+    (`moelora_router.<adapter>.<parameter>`).
 
     Args:
         in_features: I.
@@ -35,4 +36,4 @@ class Router(nn.Module, ABC):
 
     @abstractmethod
     def static_weights(self) -> Tensor | None:
-        """The gates (E,) where they do not depend on the input, else None. Only then a merge is exact."""
+        """The gates (E,) where they ignore the input, so that a merge is exact; else None."""

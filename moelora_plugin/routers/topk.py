@@ -15,11 +15,11 @@ from .base import Router
 
 
 class TopKRouter(Router):
-    """The paper's router (arXiv 2502.15828, section 4.1): g = top-k of softmax(W x), divided by the kept sum.
+    """The paper's router (arXiv 2502.15828, section 4.1): g = top-k of softmax(W x), renormalised.
 
-    The softmax runs in fp32 or wider whatever the dtype of x. Exactly k experts are selected per token, ties included
-    (which of the tied experts is `torch.topk`'s choice). A token whose logits hold NaN gets NaN gates, so the fault
-    shows in the loss; it does not touch other tokens.
+    The softmax runs in fp32 or wider whatever the dtype of x. Exactly k experts are selected per
+    token, ties included (which of the tied experts is `torch.topk`'s choice). A token whose logits
+    hold NaN gets NaN gates, so the fault shows in the loss; it does not touch other tokens.
 
     Differs from the reference code, which takes the softmax in the base output's dtype.
     """
@@ -34,7 +34,7 @@ class TopKRouter(Router):
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
 
     def forward(self, x_TI: Tensor) -> Routing:
-        """Route T tokens: weights (T, E) in fp32 or wider, exactly k non-zero per row, rows summing to 1."""
+        """Route T tokens: weights (T, E), fp32 or wider, k of a row non-zero, summing to 1."""
         logits_TE = torch.nn.functional.linear(x_TI, self.weight)
         probs_TE = torch.softmax(
             logits_TE, dim=-1, dtype=torch.promote_types(logits_TE.dtype, torch.float32)

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from ..errors import ConfigError
@@ -51,6 +52,8 @@ def training_arguments(recipe: Recipe, checkpoints: Path) -> TrainingArguments:
         "seed": recipe.seed,
         "learning_rate": recipe.optimizer.lr,
         "logging_steps": 10,
+        # transformers' default is True, of which torch warns on machines without CUDA.
+        "dataloader_pin_memory": torch.cuda.is_available(),
         # The filter would hide from the log, and from us, that a run has diverged.
         "logging_nan_inf_filter": False,
         # The paper clips the gates' gradient only, which the optimizer does.

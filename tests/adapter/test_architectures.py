@@ -1,11 +1,9 @@
-"""The adapter on small random models of each supported architecture, through PEFT's entry points."""
+"""The adapter on a small random model of each supported architecture."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from moelora_plugin import MoeLoraConfig
-from moelora_plugin.model import moelora_layers
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import (
@@ -35,6 +33,9 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from moelora_plugin import MoeLoraConfig
+from moelora_plugin.model import moelora_layers
 
 VOCABULARY = 40
 DECODER = {

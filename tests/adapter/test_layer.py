@@ -213,7 +213,8 @@ def test_parameter_dtypes(dtype, wide):
     expected = layer.base_layer.float()(flat) + moe_lora_loop(
         flat, a, b, weights.float(), (2,) * 4, 3.0
     )
-    # z, h, the update, the base's result and their sum are each rounded once: a handful of epsilons.
+    # z, h, the update, the base's result and their sum are each rounded once: a handful of
+    # epsilons.
     error = (y.flatten(0, 1).float() - expected).abs().max()
     assert error < 8 * torch.finfo(dtype).eps * expected.abs().max()
 
@@ -240,7 +241,7 @@ def test_dropout_acts_on_the_experts_in_training_only():
     assert torch.equal(still, run(net, x)[0])
     assert torch.equal(still, run(adapted(lora_dropout=0.0), x)[0])
     net.train()
-    dropped, grads = run(net, x)
+    dropped, _ = run(net, x)
     assert not torch.allclose(dropped, still)
 
     # The router sees x undropped; the experts see dropout's own x / (1 - p).
@@ -304,7 +305,8 @@ def test_compiles_without_graph_breaks(mode, scope, allocation):
     torch.compiler.reset()
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
     y, grads = run(compiled, x)
-    # fullgraph raises on a graph break; the same kernels run, in an order that the partitioner chooses.
+    # fullgraph raises on a graph break; the same kernels run, in an order that the partitioner
+    # chooses.
     torch.testing.assert_close(y, eager[0], rtol=1e-6, atol=1e-6)
     for name, grad in grads.items():
         expected = eager[1][name.removeprefix("_orig_mod.")]
@@ -347,6 +349,6 @@ def test_only_linear_maps_can_carry_experts():
             self.table = nn.Embedding(5, 4)
 
     with pytest.raises(
-        ValueError, match="^Cannot adapt a Embedding: experts need a linear map; remove"
+        ValueError, match=r"^Cannot adapt Embedding: experts need a linear map; remove"
     ):
         get_peft_model(Net(), config_for(target_modules=["table"]))

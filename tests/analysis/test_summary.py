@@ -25,6 +25,8 @@ MANIFEST = {
     "routing": {
         "layers.0.q_proj": {"tokens": 9, "load": [0.75, 0.25, 0, 0], "entropy": 1.0},
         "layers.1.q_proj": {"tokens": 9, "load": [1.0], "entropy": 0.0},
+        "base_model.model.layers.10.q_proj": {"tokens": 9, "load": [0.5, 0.5], "entropy": 0.5},
+        "base_model.model.layers.2.q_proj": {"tokens": 9, "load": [0.5, 0.5], "entropy": 0.5},
     },
 }
 
@@ -87,6 +89,16 @@ def test_the_table(folder: Path) -> None:
     assert [cell for cell in first if cell[0].isdigit()] == ["0.000", "0.750", "2", "0.721"]
     (second,) = (line.split() for line in text.splitlines() if "layers.1.q_proj" in line)
     assert [cell for cell in second if cell[0].isdigit()] == ["1.000", "1.000", "0", "0.000"]
+
+
+def test_the_load_is_listed_in_the_order_of_the_layers(folder: Path) -> None:
+    lines = [line for line in shown(folder, width=80).splitlines() if "q_proj │" in line]
+    assert [line.split()[1] for line in lines] == [
+        "layers.2.q_proj",
+        "layers.10.q_proj",
+        "layers.0.q_proj",
+        "layers.1.q_proj",
+    ]
 
 
 def test_an_adapter_that_peft_alone_has_saved(tmp_path: Path) -> None:

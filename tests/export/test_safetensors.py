@@ -42,12 +42,18 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def eval_file(path: Path, adapter: Path, **changes: Any) -> Path:
-    """A moelora_eval.json, as far as a card reads it."""
+def eval_file(path: Path, folder: Path, **changes: Any) -> Path:
+    """A moelora_eval.json of the adapter in `folder`, as far as a card reads it."""
     estimate = {"value": 0.875, "stderr": 0.0125}
-    task = {"n": 200, "metrics": {"acc": estimate}, "base": {"acc": {"value": 0.5, "stderr": 0.03}}}
-    digests = {"adapter_model.safetensors": sha256_of(adapter / "adapter_model.safetensors")}
-    content = {"tasks": {"sst2": task}, "adapter": {"path": "x", "sha256": digests}, **changes}
+    worse = {"value": 0.5, "stderr": 0.03}
+    sst2 = {
+        "n": 200,
+        "metrics": {"acc": estimate, "score": estimate},
+        "base": {"acc": worse, "score": worse},
+    }
+    mrpc = {"n": 408, "metrics": {"acc": worse, "f1": estimate, "score": estimate}}
+    digests = {"adapter_model.safetensors": sha256_of(folder / "adapter_model.safetensors")}
+    content = {"tasks": {"sst2": sst2, "mrpc": mrpc}, "adapter": {"sha256": digests}, **changes}
     path.write_text(json.dumps(content))
     return path
 
@@ -62,16 +68,25 @@ def test_the_exported_adapter_is_the_saved_one_bitwise(
     loaded = PeftModel.from_pretrained(fresh, tmp_path / "shared").eval()
     with torch.no_grad():
         assert torch.equal(loaded(IDS).logits, model(IDS).logits)
-        assert not torch.equal(loaded(IDS).logits, loaded.get_base_model().lm_head(IDS * 0.0))
+        with loaded.disable_adapter():
+            assert not torch.equal(loaded(IDS).logits, model(IDS).logits)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "shared")
-    assert tokenizer("The film").input_ids == AutoTokenizer.from_pretrained(base)("The film").input_ids
+    assert (
+        tokenizer("The film").input_ids == AutoTokenizer.from_pretrained(base)("The film").input_ids
+    )
 
 
 def test_what_training_left_beside_the_adapter_stays_behind(
     save: SaveAdapter, tmp_path: Path
 ) -> None:
     adapter = save()
-    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "README.md"):
+    for name in (
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "trainer_state.json",
+        "README.md",
+    ):
         (adapter / name).write_text("left over")
     (adapter / "checkpoint-4").mkdir()
     export_adapter(adapter, tmp_path / "shared")
@@ -98,7 +113,9 @@ def test_the_card(base: Path, save: SaveAdapter, tmp_path: Path) -> None:
         "| Optimizer | gradamw, lr 0.0001, gate lr 3e-08 |",
         "| Steps | 60 |",
         "| Trainable parameters | 12,345 |",
-        "| sst2 | 200 | acc | 50.00 ± 3.00 | 87.50 ± 1.25 |",
+        # The score of a task with a single metric would only repeat it.
+        "| sst2 | 200 | acc | 50.00 ± 3.00 | 87.50 ± 1.25 |\n| mrpc | 408 | acc |  | 50.00 ± 3.00 |",
+        "| mrpc | 408 | f1 |  | 87.50 ± 1.25 |\n| mrpc | 408 | score |  | 87.50 ± 1.25 |",
     ):
         assert f"\n{line}\n" in text
     assert "AutoPeftModelForCausalLM.from_pretrained" in text
@@ -111,6 +128,15 @@ def test_the_card_links_a_base_on_the_hub(save: SaveAdapter, tmp_path: Path) -> 
     assert "## Scores" not in card.text
     config = json.loads((tmp_path / "shared" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "org/model"
+
+
+def test_the_card_names_kinds_of_modules_where_there_are_many(
+    save: SaveAdapter, tmp_path: Path
+) -> None:
+    export_adapter(save(target_modules="all-linear"), tmp_path / "shared")
+    text = (tmp_path / "shared" / "README.md").read_text()
+    assert "`q_proj`, `up_proj`, `v_proj` (14 modules) |\n" in text
+    assert "layers.0" not in text
 
 
 def test_an_adapter_without_a_manifest_has_a_card_too(base: Path, tmp_path: Path) -> None:
@@ -229,7 +255,9 @@ def test_a_push_that_fails_says_that_the_folder_is_there(
 ) -> None:
     api = Mock(create_repo=Mock(side_effect=ConnectionError("401 Unauthorized")))
     monkeypatch.setattr("moelora_plugin.export.run.HfApi", Mock(return_value=api))
-    said = r"shared is written, but .*'me/it' failed \(401 Unauthorized\); log in with `hf auth login`"
+    said = (
+        r"shared is written, but .*'me/it' failed \(401 Unauthorized\); log in with `hf auth login`"
+    )
     with pytest.raises(MissingDependencyError, match=said):
         export_adapter(save(), tmp_path / "shared", push_to_hub="me/it")
     assert names(tmp_path / "shared") == FILES

@@ -1,4 +1,4 @@
-"""The batched preconditioner: against the slow loop, against hand-computed numbers, and where metrics are singular."""
+"""The batched preconditioner: against the slow loop, by hand, and where metrics are singular."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_equals_the_loop(layer, dtype, tolerance):
 
 
 def test_hand_computed_numbers():
-    """Two experts of rank 1: metrics 3^2 + 4^2 = 25 and 2^2 = 4, with damping 1 divisors 26 and 5."""
+    """Two experts of rank 1: metrics 3^2 + 4^2 = 25 and 2^2 = 4; damping 1 divides by 26 and 5."""
     b = torch.tensor([[3.0, 2.0], [4.0, 0.0]])
     grad_a = torch.tensor([[26.0, 52.0], [5.0, -10.0]])
     inverses, _ = damped_inverses([gram(split_experts(b, (1, 1), 1))], 1.0)
@@ -93,7 +93,8 @@ def test_a_singular_metric_gets_more_damping_and_is_counted(dtype):
     assert escalated == 2
     assert torch.isfinite(inverses).all()
     torch.testing.assert_close(inverses[1], sound / 16)  # the sound one gets no more than asked for
-    # The rest are inverted with some small shift: nothing like the identity, which would be the plain gradient.
+    # The rest are inverted with some small shift: nothing like the identity, which would be the
+    # plain gradient.
     assert torch.equal(inverses[2], torch.diag(inverses[2].diagonal()))
     assert (inverses[2].diagonal() > 1e3).all()
     assert (inverses[0].diagonal() > 1e3).all()

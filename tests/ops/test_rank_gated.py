@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+
 from moelora_plugin.experts.lora import _expert_of_rank
 from moelora_plugin.ops.rank_gated import rank_gated
 from moelora_plugin.ops.reference import moe_lora_loop, topk_softmax_loop
@@ -18,8 +19,8 @@ SHAPES = [  # tokens, in, out, ranks
     (9, 16, 24, (4, 1, 1, 6)),
 ]
 MODES = list(itertools.product(["none", "sqrt", "exact"], ["weights", "output"]))
-# Sums run in another order than in the loop; inputs are of order one, so 64 machine epsilons of the result's
-# magnitude (at most a few tens here) cover it with a wide margin for every shape above.
+# Sums run in another order than in the loop; inputs are of order one, so 64 machine epsilons of the
+# result's magnitude (at most a few tens here) cover it with a wide margin for every shape above.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-4}
 
 

@@ -1,8 +1,9 @@
 """Parity with the paper's reference implementation: numbers it produced, reproduced in float64.
 
-`golden/official_parity.safetensors` holds inputs, gradients and five steps of both of its optimizers on
-`down(tanh(up(x)))`. Its rescaling detaches whole expert outputs (scope "output"), its AdamW has no bias
-correction and takes B's metric from the updated A (gauss_seidel); its SGD uses the old values (jacobi).
+`golden/official_parity.safetensors` holds inputs, gradients and five steps of both of its
+optimizers on `down(tanh(up(x)))`. Its rescaling detaches whole expert outputs (scope "output"), its
+AdamW has no bias correction and takes B's metric from the updated A (gauss_seidel); its SGD uses
+the old values (jacobi).
 """
 
 from __future__ import annotations
@@ -12,15 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from moelora_plugin import MoeLoraConfig, build_optimizer
 from peft import get_peft_model
 from safetensors import safe_open
 from torch import nn
 
+from moelora_plugin import MoeLoraConfig, build_optimizer
+
 GOLDEN = Path(__file__).parents[1] / "golden" / "official_parity.safetensors"
 
-# The reference multiplies expert by expert, we multiply all experts at once: sums in another order, some
-# thousand roundings of 1e-16 each. The issue asks for 1e-9.
+# The reference multiplies expert by expert, we multiply all experts at once: sums in another order,
+# some thousand roundings of 1e-16 each. The issue asks for 1e-9.
 TOLERANCE = {"rtol": 0.0, "atol": 1e-9}
 
 RESCALE = {"conventional": "none", "sqrt": "sqrt"}
@@ -73,7 +75,7 @@ def build(golden, mode: str):
 
 
 def reference_layout(net: Net, of) -> dict[str, torch.Tensor]:
-    """Our stacked tensors under the reference's names, one per expert; `of` picks value or gradient."""
+    """Our tensors under the reference's names, one per expert; `of` picks value or gradient."""
     named = {}
     for name in ("up", "down"):
         layer = getattr(net, name)

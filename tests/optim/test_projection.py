@@ -1,10 +1,12 @@
-"""What one step does to the full weight X = W + s sum_i g_i B_i A_i (arXiv 2502.15828, eq. 9 to 13).
+"""What a step does to the full weight X = W + s sum_i g_i B_i A_i (arXiv 2502.15828, eq. 9 to 13).
 
-With ordinary gradients G = dL/dX, a preconditioned SGD step with gate exponent p moves X, to first order, by
+With ordinary gradients G = dL/dX, a preconditioned SGD step with gate exponent p moves X, to first
+order, by
 
     -lr s^2 sum_i g_i^(1+p) (P_col(B_i) G + G P_row(A_i))
 
-The gates are fixed here: a router of a user's own, named by dotted path, gives every token the same.
+The gates are fixed here: a router of a user's own, named by dotted path, gives every token the
+same.
 
 Shape suffixes: I in, O out, E experts.
 """
@@ -86,8 +88,8 @@ def movement(model, layer, **options) -> tuple[torch.Tensor, torch.Tensor]:
     return (full_weight(layer) - before) / lr, upstream.T @ x
 
 
-# The second-order term is lr times products of order 1e2; X is of order ten and known to 1e-15, which over lr is
-# 1e-7 as well.
+# The second-order term is lr times products of order 1e2; X is of order ten and known to 1e-15,
+# which over lr is 1e-7 as well.
 FIRST_ORDER = {"rtol": 1e-5, "atol": 1e-5}
 
 

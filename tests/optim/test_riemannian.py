@@ -18,7 +18,8 @@ from moelora_plugin.ops.reference import precondition_loop
 from moelora_plugin.types import LayerPlan
 
 UNEQUAL = f"{__name__}.unequal_ranks"
-# Cholesky against an explicit or pseudo-inverse: epsilon times a condition number of a few thousand.
+# Cholesky against an explicit or pseudo-inverse: epsilon times a condition number of a few
+# thousand.
 CLOSE = {torch.float64: {"rtol": 1e-11, "atol": 1e-11}, torch.float32: {"rtol": 1e-3, "atol": 1e-4}}
 
 
@@ -261,35 +262,23 @@ def test_weights_that_are_nan_stop_the_run(name):
 @pytest.mark.parametrize("order", ["jacobi", "gauss_seidel"])
 @pytest.mark.parametrize("ratio", [1.0, 4.0])
 def test_lora_plus_multiplies_b_s_rate_alone(name, order, ratio):
-    """Two optimizers with learning rates lr and ratio lr agree with one that has the ratio."""
-    model, a_alone, b_alone = mixture(), mixture(), mixture()
-    common = {"gate_lr": 0.0, "damping": 1e-2}
-    optimizer = build_optimizer(
-        model, name, lr=0.01, order="jacobi", lora_plus_ratio=ratio, **common
-    )
-    slow = build_optimizer(a_alone, name, lr=0.01, **common)
-    fast = build_optimizer(b_alone, name, lr=0.01 * ratio, **common)
-    if order == "gauss_seidel":
+    """A, whose step comes first, moves as without the ratio; B moves `ratio` times as far."""
+    start, plain, model = mixture(), mixture(), mixture()
+    for each, factor in ((plain, 1.0), (model, ratio)):
         optimizer = build_optimizer(
-            model, name, lr=0.01, order=order, lora_plus_ratio=ratio, **common
+            each, name, lr=0.01, damping=1e-2, order=order, lora_plus_ratio=factor
         )
-    for each, stepper in ((model, optimizer), (a_alone, slow), (b_alone, fast)):
         loss_of(each).backward()
-        stepper.step()
-    assert optimizer.param_groups[0]["lr"] == 0.01
-    for (a, b, ranks, _), (slow_a, *_), (_, fast_b, *_) in zip(
-        by_pair(model), by_pair(a_alone), by_pair(b_alone), strict=True
+        optimizer.step()
+        assert optimizer.param_groups[0]["lr"] == 0.01
+    # The same products in the same order, but for the factor: a few roundings.
+    close = {"rtol": 1e-12, "atol": 1e-12}
+    for (a, b, *_), (plain_a, plain_b, *_), (_, start_b, *_) in zip(
+        by_pair(model), by_pair(plain), by_pair(start), strict=True
     ):
-        close = CLOSE[torch.float64]
-        torch.testing.assert_close(a.detach(), slow_a.detach(), **close)
-        if order == "jacobi":
-            torch.testing.assert_close(b.detach(), fast_b.detach(), **close)
-    if order == "gauss_seidel" and name == "rsgd":
-        fresh = mixture()
-        loss_of(fresh).backward()
-        for (a, b, ranks, _), (_, start, *_) in zip(by_pair(model), by_pair(fresh), strict=True):
-            _, step = precondition_loop(a.detach(), start.detach(), a.grad, start.grad, ranks, 1e-2)
-            torch.testing.assert_close(b.detach(), start.detach() - 0.01 * ratio * step, **close)
+        torch.testing.assert_close(a.detach(), plain_a.detach(), **close)
+        moved, expected = (b - start_b).detach(), ratio * (plain_b - start_b).detach()
+        torch.testing.assert_close(moved, expected, **close)
 
 
 @pytest.mark.parametrize("name", ["rsgd", "radamw"])

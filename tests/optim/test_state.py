@@ -68,7 +68,9 @@ def test_resuming_gives_the_same_steps_to_the_bit(name, order, bias_correction, 
     options = {"order": order, "bias_correction": bias_correction}
     model, optimizer = start(name, **options)
     run(model, optimizer, range(3))
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "state")
+    torch.save(
+        {"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "state"
+    )
     losses = run(model, optimizer, range(3, 6))
 
     resumed, second = start(name, **options)
@@ -76,7 +78,9 @@ def test_resuming_gives_the_same_steps_to_the_bit(name, order, bias_correction, 
     resumed.load_state_dict(state["model"])
     second.load_state_dict(state["optimizer"])
     assert torch.equal(torch.stack(run(resumed, second, range(3, 6))), torch.stack(losses))
-    for (key, value), other in zip(model.state_dict().items(), resumed.state_dict().values(), strict=True):
+    for (key, value), other in zip(
+        model.state_dict().items(), resumed.state_dict().values(), strict=True
+    ):
         assert torch.equal(value, other), key
 
 
@@ -92,7 +96,7 @@ def test_the_file_s_options_win_over_the_constructor_s(tmp_path):
 
 
 def test_an_optimizer_for_other_experts_is_refused(tmp_path):
-    model, optimizer = start("gradamw")
+    _, optimizer = start("gradamw")
     state = optimizer.state_dict()
     state["param_groups"] = state["param_groups"][:1]
     with pytest.raises(ValueError, match="different number of parameter groups"):

@@ -1,0 +1,163 @@
+"""Merging: exact where the gates do not depend on the input, refused otherwise."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import get_peft_model
+from tiny import tiny_llama
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from moelora_plugin import MoeLoraConfig
+from moelora_plugin.errors import ExportError
+from moelora_plugin.layers import MoeLoraLinear
+from moelora_plugin.model import moelora_layers
+from moelora_plugin.routers import Router
+from moelora_plugin.types import Routing
+
+IDS = torch.arange(3, 27).view(2, 12)
+# (W + s B A) x instead of W x + s B (A x): other roundings in float64, through two layers.
+CLOSE = {"rtol": 1e-9, "atol": 1e-9}
+
+
+class FixedGates(Router):
+    """Every token gets the gates 3/4 and 1/4."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+    def forward(self, x_TI):
+        weights = self.static_weights().to(x_TI).expand(x_TI.shape[0], -1)
+        return Routing(logits=weights.log(), probs=weights, weights=weights)
+
+    def static_weights(self):
+        return torch.tensor([0.75, 0.25])
+
+
+def gpt2() -> GPT2LMHeadModel:
+    """Its linears are transformers' Conv1D, whose weight is transposed."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=40, n_embd=16, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2
+    )
+    return GPT2LMHeadModel(config).eval()
+
+
+BASES = {
+    "linear": (lambda: tiny_llama(hidden=16), ["q_proj", "v_proj", "down_proj"]),
+    "Conv1D": (gpt2, ["c_attn", "c_proj"]),
+}
+STATIC = {
+    "one expert": {"num_experts": 1, "top_k": 1},
+    "fixed gates": {"num_experts": 2, "top_k": 2, "router": f"{__name__}.FixedGates"},
+}
+
+
+def adapted(kind: str, **keys):
+    build, targets = BASES[kind]
+    config = MoeLoraConfig(r=2, lora_dropout=0.1, target_modules=targets, **keys)
+    model = get_peft_model(build().double(), config)
+    torch.manual_seed(1)
+    for layer in moelora_layers(model).values():
+        for _, b in layer.expert_weights():
+            b.normal_(std=0.3)
+    return model.double().eval()
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize("gates", STATIC)
+@pytest.mark.parametrize("kind", BASES)
+def test_merged_it_gives_the_same_logits_without_the_adapter(kind, gates):
+    model = adapted(kind, **STATIC[gates])
+    expected = logits(model)
+    merged = copy.deepcopy(model).merge_and_unload(safe_merge=True)
+    assert not [m for m in merged.modules() if isinstance(m, MoeLoraLinear)]
+    assert type(merged) is type(BASES[kind][0]())
+    torch.testing.assert_close(logits(merged), expected, **CLOSE)
+    assert not torch.allclose(expected, logits(BASES[kind][0]().double()))
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_merged_in_place_and_taken_out_again(kind):
+    model = adapted(kind, **STATIC["one expert"])
+    plain, expected = logits(BASES[kind][0]().double()), logits(model)
+    model.merge_adapter()
+    assert all(layer.merged for layer in moelora_layers(model).values())
+    torch.testing.assert_close(logits(model), expected, **CLOSE)
+    model.unmerge_adapter()
+    assert not any(layer.merged for layer in moelora_layers(model).values())
+    torch.testing.assert_close(logits(model), expected, **CLOSE)
+    for layer in moelora_layers(model).values():
+        # Adding and taking away rounds twice.
+        torch.testing.assert_close(
+            layer.base_layer(torch.ones(layer.in_features).double()),
+            (
+                layer(torch.ones(layer.in_features).double())
+                - layer.update(torch.ones(layer.in_features).double())
+            ),
+            **CLOSE,
+        )
+    model.merge_adapter()
+    with model.disable_adapter():  # unmerges on its own
+        torch.testing.assert_close(logits(model), plain, **CLOSE)
+
+
+def test_unmerging_what_is_not_merged_warns():
+    with pytest.warns(UserWarning, match="Already unmerged"):
+        adapted("linear", **STATIC["one expert"]).unmerge_adapter()
+
+
+@pytest.mark.parametrize("way", ["merge_and_unload", "merge_adapter"])
+def test_a_routed_adapter_is_refused_with_the_way_out(way):
+    model = adapted("linear", num_experts=3, top_k=2)
+    expected = logits(model)
+    with pytest.raises(ExportError) as caught:
+        getattr(model, way)()
+    assert str(caught.value) == (
+        "The gates of this adapter follow the input, so no single weight equals it; serve it "
+        "unmerged, or write an approximation with `moelora export ADAPTER --to merged --strategy "
+        "mean-gate "
+        "--out DIR`."
+    )
+    assert torch.equal(logits(model), expected)  # nothing was touched
+
+
+def test_a_quantised_weight_is_refused():
+    class Int8Linear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.in_features = self.out_features = 4
+            self.weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
+
+        def forward(self, x):
+            return x @ self.weight.to(x.dtype)
+
+    config = MoeLoraConfig(num_experts=1, top_k=1, target_modules=["0"])
+    model = get_peft_model(nn.Sequential(Int8Linear()), config)
+    with pytest.raises(
+        ExportError, match=r"^Cannot merge into Int8Linear: its weight is quantised; load"
+    ):
+        model.merge_and_unload()
+
+
+def test_safe_merging_refuses_weights_that_are_not_finite():
+    model = adapted("linear", **STATIC["one expert"])
+    layer = next(iter(moelora_layers(model).values()))
+    layer.expert_weights()[0][1][0, 0] = float("nan")
+    with pytest.raises(
+        ExportError, match=r"^Merging adapter 'default' gives NaN or infinite weights"
+    ):
+        model.merge_and_unload(safe_merge=True)
+
+
+def test_the_base_keeps_its_dtype():
+    model = adapted("linear", **STATIC["one expert"]).to(torch.bfloat16)
+    merged = model.merge_and_unload()
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
