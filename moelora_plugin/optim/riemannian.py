@@ -137,11 +137,13 @@ class _Riemannian(torch.optim.Optimizer):
             b.grad = grad
         self._precondition(("b",), gauss_seidel)
         rates = [(group, group["lr"]) for group in self._expert_groups()]
-        for group, lr in rates:
-            group["lr"] = lr * group["lora_plus_ratio"]
-        super().step()
-        for group, lr in rates:
-            group["lr"] = lr
+        try:
+            for group, lr in rates:
+                group["lr"] = lr * group["lora_plus_ratio"]
+            super().step()
+        finally:
+            for group, lr in rates:
+                group["lr"] = lr
 
     def _precondition(self, sides: Iterable[str], groups: list[Group] | None = None) -> None:
         """Replace the gradients of A and/or B by their preconditioned ones."""

@@ -49,12 +49,15 @@ def adapted(dtype=torch.float32, autocast_adapter_dtype=True, linears=1, **keys)
     return net
 
 
-def run(net: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def run(
+    net: nn.Module, x: torch.Tensor, autocast: bool = False
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Output and every gradient, x's included."""
     x = x.detach().requires_grad_()
     net.zero_grad()
     torch.manual_seed(3)  # for dropout
-    y = net(x)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = net(x)
     y.to(torch.promote_types(y.dtype, torch.float32)).square().sum().backward()
     grads = {name: p.grad.clone() for name, p in net.named_parameters() if p.requires_grad}
     return y.detach(), {**grads, "x": x.grad}
@@ -222,8 +225,7 @@ def test_parameter_dtypes(dtype, wide):
 def test_autocast_computes_in_bf16_and_keeps_gradients_wide():
     net, x = adapted(), torch.randn(2, 5, D_IN)
     expected, expected_grads = run(net, x)
-    with torch.autocast("cpu", torch.bfloat16):
-        y, grads = run(net, x)
+    y, grads = run(net, x, autocast=True)
     assert y.dtype == torch.bfloat16
     # Roundings to bf16 as above; the gates may choose another expert only where two are as good.
     eps = torch.finfo(torch.bfloat16).eps

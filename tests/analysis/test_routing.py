@@ -84,6 +84,7 @@ def test_counts_by_hand(toy: PeftModel) -> None:
     with routing_statistics(toy) as statistics:
         toy(TOKENS[None])
         assert_counted_by_hand(only(statistics))
+        assert all(layer.last_routing == {} for layer in moelora_layers(toy).values())
         toy(TOKENS[None, :2])
         toy(TOKENS[None, 2:])
     assert_counted_by_hand(only(statistics), tokens=6)
@@ -117,6 +118,14 @@ def test_padding_is_left_out(toy: PeftModel, side: str, how: str) -> None:
             model(inputs_embeds=batch, attention_mask=mask)
         else:
             model(batch, mask)
+    assert_counted_by_hand(only(statistics))
+
+
+def test_a_mask_that_covers_the_past_ends_with_the_current_tokens(toy: PeftModel) -> None:
+    batch = torch.cat([TOKENS, torch.full((1, 2), 9.0)])[None]
+    mask = torch.tensor([[0, 1, 1, 1, 1, 1, 0]])
+    with routing_statistics(toy) as statistics:
+        toy(inputs_embeds=batch, attention_mask=mask)
     assert_counted_by_hand(only(statistics))
 
 

@@ -57,9 +57,9 @@ def make_adapter(base: Path, **changes: Any) -> PeftModel:
 
 @pytest.fixture
 def save(base: Path, tmp_path: Path) -> SaveAdapter:
-    """Saves an adapter of `base` as training does; takes one made by the test, or a config's keys."""
+    """Saves an adapter as training does: the one that is given, or one made with these keys."""
 
-    def save(model: PeftModel | None = None, *, base: Path = base, **changes: Any) -> Path:
+    def save(model: PeftModel | None = None, **changes: Any) -> Path:
         model = model or make_adapter(base, **changes)
         out = tmp_path / "adapter"
         return save_adapter(model, out, tokenizer=tiny_tokenizer(), manifest=MANIFEST)

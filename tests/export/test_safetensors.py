@@ -114,7 +114,8 @@ def test_the_card(base: Path, save: SaveAdapter, tmp_path: Path) -> None:
         "| Steps | 60 |",
         "| Trainable parameters | 12,345 |",
         # The score of a task with a single metric would only repeat it.
-        "| sst2 | 200 | acc | 50.00 ± 3.00 | 87.50 ± 1.25 |\n| mrpc | 408 | acc |  | 50.00 ± 3.00 |",
+        "| sst2 | 200 | acc | 50.00 ± 3.00 | 87.50 ± 1.25 |\n"
+        "| mrpc | 408 | acc |  | 50.00 ± 3.00 |",
         "| mrpc | 408 | f1 |  | 87.50 ± 1.25 |\n| mrpc | 408 | score |  | 87.50 ± 1.25 |",
     ):
         assert f"\n{line}\n" in text
