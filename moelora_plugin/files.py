@@ -46,9 +46,11 @@ def atomic_directory(out: Path | str, *, overwrite: bool = False) -> Iterator[Pa
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     try:
-        # mkdtemp makes a private folder; what is renamed should look like any other.
-        temporary.chmod(0o777 & ~_umask())
         yield temporary
+        # mkdtemp makes a private folder and safetensors private files; what is shared should be
+        # as readable as anything else the user writes.
+        for made in (temporary, *temporary.rglob("*")):
+            made.chmod((0o777 if made.is_dir() else 0o666) & ~_umask())
         replaced = temporary.with_suffix(".replaced")
         if path.exists():
             path.rename(replaced)

@@ -41,15 +41,18 @@ class EvaluationReport:
 
     def table(self) -> Table:
         """A table for the terminal, in points (times 100)."""
+        from rich.box import SIMPLE_HEAD
         from rich.table import Table
 
         compared = self.base_predictions is not None
-        table = Table(title="Scores x 100, ± standard error")
-        table.add_column("Task")
-        for title in ("Rows", "Metric", *(("Base", "Adapter") if compared else ("Value",))):
-            table.add_column(title, justify="left" if title == "Metric" else "right")
+        title = "Scores x 100 ± standard error" + ("; difference [95 %]" if compared else "")
+        # Narrow enough for 80 columns: a number that wraps is hard to read.
+        table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+        table.add_column("Task", overflow="fold")
+        for name in ("Rows", "Metric", *(("Base", "Adapter") if compared else ("Value",))):
+            table.add_column(name, justify="left" if name == "Metric" else "right", no_wrap=True)
         if compared:
-            table.add_column("Difference [95 % interval]", justify="right")
+            table.add_column("Difference", justify="right", no_wrap=True)
         for name, measurement in self.tasks.items():
             _add_rows(table, name, measurement)
         for name, measurement in self.groups.items():

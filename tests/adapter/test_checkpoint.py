@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from moelora_plugin import MoeLoraConfig, load_adapter, save_adapter
 from moelora_plugin.checkpoint import base_fingerprint, read_manifest, verify_weights
 from moelora_plugin.errors import AdapterError, ConfigError, MissingDependencyError
-from moelora_plugin.files import sha256_of
+from moelora_plugin.files import atomic_directory, sha256_of
 from moelora_plugin.model import moelora_layers
 
 IDS = torch.arange(3, 27).view(2, 12)
@@ -323,3 +323,11 @@ def test_a_quantised_base_has_no_fingerprint(bases):
     )
     assert base_fingerprint(model) is None
     assert base_fingerprint(torch.nn.Linear(2, 2)) is None
+
+
+def test_what_is_written_is_as_readable_as_any_other_file(tmp_path):
+    plain = tmp_path / "plain"
+    plain.touch()
+    with atomic_directory(tmp_path / "out") as folder:
+        (folder / "private").touch(mode=0o600)
+    assert (tmp_path / "out" / "private").stat().st_mode == plain.stat().st_mode
