@@ -57,7 +57,9 @@ def test_equals_the_oracle(shape, rescale, scope, dtype):
         slow_grads = torch.autograd.grad(slow, leaves, upstream)
         tolerance = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
         torch.testing.assert_close(fast, slow, **tolerance)
-        for name, got, expected in zip("x a b gates".split(), fast_grads, slow_grads, strict=True):
+        for name, got, expected in zip(
+            ["x", "a", "b", "gates"], fast_grads, slow_grads, strict=True
+        ):
             torch.testing.assert_close(
                 got, expected, **tolerance, msg=lambda m, n=name: f"{n}: {m}"
             )

@@ -224,6 +224,8 @@ def test_without_bias_correction_it_follows_the_moments_written_out():
         optimizer.step()
         # Some roundings per step.
         torch.testing.assert_close(gate.detach(), expected, rtol=1e-12, atol=1e-12)
+    # The counter goes on from where it started, so that fp32 can count for another eight million.
+    assert {float(state["step"]) for state in optimizer.state.values()} == {2**23 + 5}
 
 
 @pytest.mark.parametrize("order", ["jacobi", "gauss_seidel"])
