@@ -64,8 +64,7 @@ def load_base_model(
         if os.path.isdir(name):
             raise ConfigError(f"Cannot load a model from {name}: {error}") from error
         raise MissingDependencyError(
-            f"Base model {name!r} is not a folder and cannot be had from the hub; pass the path "
-            "of a local "
-            "copy (model.name in a recipe, --base on the command line)."
+            f"Base model {name!r} is not a folder and cannot be had from the hub; pass the path of "
+            "a local copy (model.name in a recipe, --base on the command line)."
         ) from error
     return cast(PreTrainedModel, model.to(device))

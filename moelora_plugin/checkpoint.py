@@ -132,8 +132,7 @@ def load_adapter(
     except (RuntimeError, ValueError) as error:
         raise AdapterError(
             f"The adapter in {folder} does not fit the base {base!r}: {_first_line(error)}; pass "
-            "the base "
-            "it was trained on (--base)."
+            "the base it was trained on (--base)."
         ) from error
     _refuse_missing_tensors(folder, model)
     if not allow_base_mismatch:
@@ -197,8 +196,7 @@ def verify_weights(folder: Path) -> str:
     if expected is not None and digest != expected:
         raise AdapterError(
             f"{path} was changed after it was saved: its sha256 is {digest[:12]}..., "
-            f"{MANIFEST_FILE} says "
-            f"{expected[:12]}...; save or download it again."
+            f"{MANIFEST_FILE} says {expected[:12]}...; save or download it again."
         )
     return digest
 
@@ -251,8 +249,7 @@ def _refuse_other_weights(model: nn.Module, expected: Mapping[str, Any] | None, 
     if not same:
         raise AdapterError(
             f"The weights of {base!r} are not those of the base this adapter was trained on; pass "
-            "that "
-            "base (--base), or --allow-base-mismatch if you mean it."
+            "that base (--base), or --allow-base-mismatch if you mean it."
         )
 
 
@@ -264,14 +261,12 @@ def _refuse_missing_tensors(folder: Path, model: PeftModel) -> None:
     if missing:
         raise AdapterError(
             f"{folder / WEIGHTS_FILE} lacks {len(missing)} of {len(wanted)} tensors, the first "
-            "being "
-            f"{missing[0]}; save or download it again."
+            f"being {missing[0]}; save or download it again."
         )
     if unknown:
         raise AdapterError(
-            f"{folder / WEIGHTS_FILE} holds {len(unknown)} tensors that have no place in the "
-            "base, the first "
-            f"being {unknown[0]}; pass the base it was trained on (--base)."
+            f"{folder / WEIGHTS_FILE} holds {len(unknown)} tensors that have no place in the base, "
+            f"the first being {unknown[0]}; pass the base it was trained on (--base)."
         )
 
 

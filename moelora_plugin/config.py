@@ -138,8 +138,7 @@ class MoeLoraConfig(PeftConfig):
         if self.format_version != FORMAT_VERSION:
             raise ConfigError(
                 f"format_version={self.format_version} was written by another release of moelora; "
-                "this one "
-                f"reads {FORMAT_VERSION}: install a matching release."
+                f"this one reads {FORMAT_VERSION}: install a matching release."
             )
         if isinstance(self.target_modules, str):
             for key in ("layers_to_transform", "layers_pattern"):
@@ -168,8 +167,7 @@ class MoeLoraConfig(PeftConfig):
         if self.top_k > self.num_experts:
             raise ConfigError(
                 f"top_k={self.top_k} is more than num_experts={self.num_experts}; lower top_k or "
-                "raise "
-                "num_experts."
+                "raise num_experts."
             )
         if not (_is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1):
             raise ConfigError(f"lora_dropout={self.lora_dropout!r} must be a number in [0, 1).")

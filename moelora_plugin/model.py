@@ -39,8 +39,7 @@ class MoeLoraModel(BaseTuner):
             if model_type not in self.target_module_mapping:
                 raise ConfigError(
                     f"There is no default for model type {model_type!r}; set target_modules to "
-                    "some of "
-                    f"{', '.join(_linear_names(model))}, or to 'all-linear'."
+                    f"some of {', '.join(_linear_names(model))}, or to 'all-linear'."
                 )
         elif config.target_modules != "all-linear" and not any(
             self._check_target_module_exists(config, key) for key, _ in model.named_modules() if key

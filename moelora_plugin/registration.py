@@ -47,6 +47,5 @@ def _add_peft_type() -> None:
     except (AttributeError, TypeError) as error:
         raise MissingDependencyError(
             "This PEFT's PeftType enum cannot be extended, so it cannot know MOELORA; install a "
-            "PEFT "
-            "between 0.18.1 and 0.21.2."
+            "PEFT between 0.18.1 and 0.21.2."
         ) from error

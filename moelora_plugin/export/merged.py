@@ -99,8 +99,7 @@ def calibration_texts(tasks: Sequence[str], data_dir: str | None) -> list[str]:
     if not tasks:
         raise ConfigError(
             "mean-gate averages the gates over text, and this adapter does not say what it was "
-            "trained "
-            "on; pass --calibration-tasks, for example sst2."
+            "trained on; pass --calibration-tasks, for example sst2."
         )
     resolved = resolve(tasks)
     rows = max(1, CALIBRATION_ROWS // len(resolved))
@@ -122,8 +121,7 @@ def _mean_gates(
         if counts is None or counts.not_finite or not counts.tokens:
             raise ExportError(
                 f"The gates of {name} are not finite numbers on all of the calibration text, so "
-                "they have "
-                "no mean; the adapter seems broken."
+                "they have no mean; the adapter seems broken."
             )
         gates[name] = layer.moelora_A["default"].new_tensor(counts.summary()["weight"])
     return gates

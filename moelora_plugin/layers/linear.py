@@ -199,8 +199,7 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
         if weights_E is None:
             raise ExportError(
                 "The gates of this adapter follow the input, so no single weight equals it; serve "
-                "it "
-                "unmerged, or write an approximation with `moelora export ADAPTER --to merged "
+                "it unmerged, or write an approximation with `moelora export ADAPTER --to merged "
                 "--strategy mean-gate --out DIR`."
             )
         update_OI = self.moelora_expert[adapter].static_update(
@@ -231,8 +230,7 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
         if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
             raise ExportError(
                 f"Cannot merge into {type(self.get_base_layer()).__name__}: its weight is "
-                "quantised; load "
-                "the base in a floating-point dtype."
+                "quantised; load the base in a floating-point dtype."
             )
         return weight
 

@@ -113,9 +113,8 @@ def _damped_inverse(metrics_Nrr: Tensor, damping: float) -> tuple[Tensor, int]:
         return torch.cholesky_inverse(factors), 0
     if not bool(torch.isfinite(metrics_Nrr).all()):
         raise FloatingPointError(
-            "An expert's weights are NaN or infinite, so its Riemannian metric cannot be "
-            "inverted; lower "
-            "the learning rate (lr) or raise damping."
+            "An expert's weights are NaN or infinite, so its Riemannian metric cannot be inverted; "
+            "lower the learning rate (lr) or raise damping."
         )
     failed = info.nonzero().squeeze(1)
     escalated = len(failed)

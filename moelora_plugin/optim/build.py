@@ -131,8 +131,7 @@ def _resolve_gate_rescale(model: nn.Module, name: str, mode: GateRescale) -> Non
         elif chosen != mode:
             warnings.warn(
                 f"{name} stands for gate_rescale={mode!r}, but adapter {adapter!r} says "
-                f"{chosen!r}, "
-                "which is used.",
+                f"{chosen!r}, which is used.",
                 UserWarning,
                 stacklevel=3,
             )

@@ -49,8 +49,8 @@ class _Riemannian(torch.optim.Optimizer):
             if group.get("role") == EXPERTS and len(group["params"]) != 2 * len(group["ranks"]):
                 raise ConfigError(
                     f"An experts group holds {len(group['params'])} parameters for "
-                    f"{len(group['ranks'])} pairs; "
-                    "pass the groups of optim.groups.parameter_groups unchanged."
+                    f"{len(group['ranks'])} pairs; pass the groups of "
+                    "optim.groups.parameter_groups unchanged."
                 )
 
     @torch.no_grad()
