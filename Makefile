@@ -72,8 +72,9 @@ wheel: $(INSTALLED)  ## Build dist/moelora-*.whl
 	rm -rf build/lib dist
 	$(BIN)/python -m build --wheel
 
-bench: $(INSTALLED)  ## Compare the layer's speed with PEFT's LoRA and with a loop over experts
+bench: $(INSTALLED)  ## Time the layer beside PEFT's LoRA and a loop over experts, and the start-up
 	$(BIN)/python benchmarks/layer.py
+	$(BIN)/python benchmarks/startup.py
 
 clean:  ## Remove builds and tool caches (not .venv)
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -38,7 +38,9 @@ def tasks(
 
 
 def _list(chosen: list[Task]) -> Table:
-    table = Table(box=SIMPLE_HEAD, caption="All but mnli_mismatched are trained on their split `train`.")
+    table = Table(
+        box=SIMPLE_HEAD, caption="All but mnli_mismatched are trained on their split `train`."
+    )
     table.add_column("task", no_wrap=True)
     table.add_column("what it measures", ratio=3)
     table.add_column("metric")

@@ -135,7 +135,7 @@ def run_demo(
     export_adapter(trained.adapter_dir, out / "adapter", eval_file=report.path, overwrite=overwrite)
     routing = read_manifest(trained.adapter_dir)["routing"]
     pictures = (
-        plot_loss(trained.log_history, out / "loss.png", "Sentiment of film comments, gRAdamW 20/10/4"),
+        plot_loss(trained.log_history, out / "loss.png", "Film comments, gRAdamW 20/10/4"),
         plot_expert_load(routing, out / "expert_load.png", "Expert load on film comments"),
     )
     return DemoResult(

@@ -1,10 +1,9 @@
-"""`--help` answers at once, loads no heavy library, and ends with examples."""
+"""`--help` loads no heavy library and ends with examples; benchmarks/startup.py times it."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -41,16 +40,6 @@ def test_help_of_a_command_loads_nothing_heavy(command: str) -> None:
 def test_light_commands_load_nothing_heavy(arguments: tuple[str, ...]) -> None:
     completed = moelora(*arguments)
     assert completed.returncode == 0, completed.stderr
-
-
-def test_help_answers_within_half_a_second() -> None:
-    def seconds() -> float:
-        start = time.perf_counter()
-        moelora("--help")
-        return time.perf_counter() - start
-
-    # The best of a few: other work on the machine delays a run, nothing makes one faster.
-    assert min(seconds() for _ in range(5)) < 0.5
 
 
 def test_debug_works_at_the_end_of_the_line() -> None:
