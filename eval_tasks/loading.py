@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moelora_plugin.errors import ConfigError, DataError, MissingDependencyError
+from moelora_plugin.errors import ConfigError, DataError, MissingDependencyError, first_line
 
 from .catalog import TASKS
 from .prompts import gold, render
@@ -131,7 +131,7 @@ def _from_file(task: Task, path: Path) -> Dataset:
         return Dataset(pq.read_table(path))
     except (pa.ArrowException, OSError) as error:
         raise DataError(
-            f"{path} is not a parquet file that can be read ({_first_line(error)}); "
+            f"{path} is not a parquet file that can be read ({first_line(error)}); "
             f"replace it with the {path.stem} split of {task.name}."
         ) from error
 
@@ -144,13 +144,13 @@ def _from_hub(task: Task, split: str) -> Dataset:
         return datasets.load_dataset(task.hub_id, task.config, split=split, revision=task.revision)
     except OSError as error:  # no network, offline mode, no such dataset
         raise MissingDependencyError(
-            f"Cannot fetch {task.hub_id} from the hub ({_first_line(error)}); pass --data-dir with "
+            f"Cannot fetch {task.hub_id} from the hub ({first_line(error)}); pass --data-dir with "
             f"a folder that has {task.folder}/{split}.parquet in it."
         ) from error
     except ValueError as error:  # no such split or configuration
         raise DataError(
             f"{task.hub_id} on the hub has no split {split!r} for {task.name} "
-            f"({_first_line(error)}); use 'train' or {task.eval_split!r}."
+            f"({first_line(error)}); use 'train' or {task.eval_split!r}."
         ) from error
 
 
@@ -185,8 +185,3 @@ def _check_labels(task: Task, dataset: Dataset, split: str, source: str) -> None
                 gold(task, row)
     except DataError as error:
         raise DataError(f"{str(error).removesuffix('.')} (in {source}, split {split!r}).") from None
-
-
-def _first_line(error: Exception) -> str:
-    """What happened, without the pages that follow it."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

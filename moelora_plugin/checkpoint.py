@@ -26,7 +26,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from . import __version__
 from .base_model import HUB_ERRORS, load_base_model
-from .errors import AdapterError, ConfigError, MissingDependencyError
+from .errors import AdapterError, ConfigError, MissingDependencyError, first_line
 from .files import atomic_directory, sha256_of, write_json
 from .model import moelora_layers
 
@@ -131,7 +131,7 @@ def load_adapter(
             model = PeftModel.from_pretrained(base_model, str(folder))
     except (RuntimeError, ValueError) as error:
         raise AdapterError(
-            f"The adapter in {folder} does not fit the base {base!r}: {_first_line(error)}; pass "
+            f"The adapter in {folder} does not fit the base {base!r}: {first_line(error)}; pass "
             "the base it was trained on (--base)."
         ) from error
     _refuse_missing_tensors(folder, model)
@@ -155,7 +155,7 @@ def resolve_adapter(path: Path | str) -> Path:
         except HUB_ERRORS as error:
             raise MissingDependencyError(
                 f"Adapter {str(path)!r} is not a folder and cannot be had from the hub "
-                f"({_first_line(error)}); pass the path of a folder with {CONFIG_FILE}."
+                f"({first_line(error)}); pass the path of a folder with {CONFIG_FILE}."
             ) from error
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
@@ -189,7 +189,7 @@ def verify_weights(folder: Path) -> str:
             file.keys()
     except SafetensorError as error:
         raise AdapterError(
-            f"{path} is truncated or damaged ({_first_line(error)}); save or download it again."
+            f"{path} is truncated or damaged ({first_line(error)}); save or download it again."
         ) from error
     digest = sha256_of(path)
     expected = read_manifest(folder).get("weights_sha256")
@@ -275,15 +275,10 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise AdapterError(
-            f"{path} is not valid JSON ({_first_line(error)}); save it again."
+            f"{path} is not valid JSON ({first_line(error)}); save it again."
         ) from error
     if not isinstance(content, dict):
         raise AdapterError(
             f"{path} holds a {type(content).__name__}, not an object; save it again."
         )
     return content
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -36,3 +36,11 @@ class ExportError(MoeLoraError, ValueError):
 
 class MissingDependencyError(MoeLoraError, RuntimeError):
     """A package, file or network connection the work needs is not there."""
+
+
+def first_line(error: Exception) -> str:
+    """What another library's error says, as part of one of our sentences.
+
+    Its first line without the full stop; the pages that often follow help nobody.
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -31,9 +31,7 @@ def hub_reachable() -> bool:
     """Whether the hub answers. Asked once about a model: a download would retry for long."""
     try:
         HfApi().model_info(HUB_MODEL, timeout=_HUB_TIMEOUT)
-    except (
-        Exception
-    ):  # the HTTP client behind huggingface_hub, and so its errors, vary with the release
+    except Exception:  # huggingface_hub's HTTP client, and so its errors, vary with the release
         return False
     return True
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from ..errors import ConfigError
+from ..errors import ConfigError, first_line
 from ..lookup import unknown_name_message
 from .recipe import Recipe
 from .schema import require
@@ -67,8 +67,9 @@ def training_arguments(recipe: Recipe, checkpoints: Path) -> TrainingArguments:
     try:
         return TrainingArguments(**values)
     except (TypeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise ConfigError(f"transformers refuses the training section: {reason}.") from error
+        raise ConfigError(
+            f"transformers refuses the training section: {first_line(error)}."
+        ) from error
 
 
 def _schedule(recipe: Recipe) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import os
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..base_model import HUB_ERRORS, load_base_model
-from ..errors import ConfigError, MissingDependencyError
+from ..errors import ConfigError, MissingDependencyError, first_line
 from .recipe import ModelSection
 
 
@@ -24,10 +24,9 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
         )
     except (*HUB_ERRORS, ValueError) as error:
         if os.path.isdir(section.name):
-            reason = str(error).strip().splitlines()[0].rstrip(".")
             raise ConfigError(
-                f"No tokenizer loads from {section.name!r} ({reason}); change model.name to the "
-                "folder of a causal language model."
+                f"No tokenizer loads from {section.name!r} ({first_line(error)}); change "
+                "model.name to the folder of a causal language model."
             ) from error
         raise MissingDependencyError(
             f"Base model {section.name!r} is not a folder and cannot be had from the hub; pass a "
@@ -59,6 +58,6 @@ def load_model(section: ModelSection, device: str) -> PreTrainedModel:
         except (ImportError, ValueError) as error:
             raise ConfigError(
                 f"model.attn_implementation={section.attn_implementation!r} cannot be used here "
-                f"({str(error).splitlines()[0].rstrip('.')}); change or remove it."
+                f"({first_line(error)}); change or remove it."
             ) from error
     return model
