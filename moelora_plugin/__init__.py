@@ -55,6 +55,7 @@ def __getattr__(name: str) -> Any:
     if name != "PRESETS":
         from .registration import register
 
+        autoload.activate()
         register()
     return getattr(importlib.import_module(f".{_HOME_OF[name]}", __name__), name)
 

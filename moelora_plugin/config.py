@@ -76,7 +76,8 @@ class MoeLoraConfig(PeftConfig):
         expert: name of the expert kind ("lora").
         allocation: name of the allocation ("uniform").
         init: name of the experts' initialisation ("kaiming": A as in LoRA, B zero).
-        aux_losses: coefficient of each auxiliary loss by name. No loss is built in yet.
+        aux_losses: coefficient of each auxiliary loss by name ("switch_lb", "z"); the loss is the
+            mean over the adapted layers.
         gate_rescale: the exponent p of the gates in the experts' backward: "none" (1), "sqrt" (1/2,
             eq. 13), "exact" (0 on selected experts, eq. 11/12), or "auto": `build_optimizer` sets
             it ("sqrt" for grsgd and gradamw, "none" for rsgd and radamw); until then it means
@@ -130,11 +131,7 @@ class MoeLoraConfig(PeftConfig):
         self._validate_choice("bias", _BIASES)
         self._validate_choice("gate_rescale", _GATE_RESCALES)
         self._validate_choice("gate_rescale_scope", _SCOPES)
-        if self.aux_losses:
-            raise ConfigError(
-                f"aux_losses={self.aux_losses!r} names a loss, but none is built in yet; remove "
-                "the key."
-            )
+        self._validate_aux_losses()
         if self.format_version != FORMAT_VERSION:
             raise ConfigError(
                 f"format_version={self.format_version} was written by another release of moelora; "
@@ -173,6 +170,18 @@ class MoeLoraConfig(PeftConfig):
             raise ConfigError(f"lora_dropout={self.lora_dropout!r} must be a number in [0, 1).")
         if not (_is_number(self.lora_alpha) and 0 < self.lora_alpha < math.inf):
             raise ConfigError(f"lora_alpha={self.lora_alpha!r} must be a positive number.")
+
+    def _validate_aux_losses(self) -> None:
+        if not isinstance(self.aux_losses, dict):
+            raise ConfigError(
+                f"aux_losses={self.aux_losses!r} must map names to coefficients, like "
+                "{'switch_lb': 0.001}."
+            )
+        for name, coefficient in self.aux_losses.items():
+            if not (_is_number(coefficient) and 0 <= coefficient < math.inf):
+                raise ConfigError(
+                    f"aux_losses[{name!r}]={coefficient!r} must be a number of at least 0."
+                )
 
     def _validate_choice(self, key: str, choices: tuple[str, ...]) -> None:
         value = getattr(self, key)

@@ -54,6 +54,10 @@ def lookup(family: str, name: str, table: Mapping[str, T]) -> T:
         try:
             found: T = getattr(importlib.import_module(module_name), attribute)
         except (ImportError, AttributeError) as error:
-            raise ConfigError(f"Cannot import {family[:-1]} {name!r}: {error}.") from error
+            raise ConfigError(f"Cannot import {_singular(family)} {name!r}: {error}.") from error
         return found
-    raise ConfigError(unknown_name_message(family[:-1], name, table))
+    raise ConfigError(unknown_name_message(_singular(family), name, table))
+
+
+def _singular(family: str) -> str:
+    return "loss" if family == "losses" else family.removesuffix("s")

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from .allocation import ALLOCATIONS
 from .config import MoeLoraConfig
 from .errors import ConfigError
-from .layers import MoeLoraLinear
+from .layers import AuxLosses, MoeLoraLinear
 from .lookup import lookup
 from .types import GateRescale
 
@@ -30,6 +30,26 @@ class MoeLoraModel(BaseTuner):
     target_module_mapping = cast(
         "dict[str, list[str]]", TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     )
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        # The constructor injects the first adapter, whose layers share this.
+        self.aux_losses = AuxLosses()
+        super().__init__(model, *args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The adapted model's; called, where PEFT before 0.21 bypasses the model's hooks."""
+        return self.model(*args, **kwargs)
+
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """PEFT's own; then the layers are counted that share the adapter's auxiliary losses."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self.aux_losses.num_layers[adapter_name] = sum(
+            adapter_name in layer.moelora_A for layer in moelora_layers(model).values()
+        )
+        if self.config_of(adapter_name).aux_losses:
+            self.aux_losses.watch(model)
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         """Say which linears there are before PEFT says only that none matched."""
@@ -64,7 +84,7 @@ class MoeLoraModel(BaseTuner):
         if isinstance(target, MoeLoraLinear):
             target.update_layer(adapter_name, peft_config, plan)
             return
-        layer = MoeLoraLinear(target, adapter_name, peft_config, plan)
+        layer = MoeLoraLinear(target, adapter_name, peft_config, plan, self.aux_losses)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # a further adapter does not train until it is made active
         self._replace_module(parent, target_name, layer, target)

@@ -1,8 +1,12 @@
-"""The only file that touches PEFT's globals. Safe to call any number of times."""
+"""The only file that touches PEFT's and transformers' globals. Safe to call any number of times."""
 
 from __future__ import annotations
 
+from enum import Enum
+from typing import Any, get_args
+
 from .errors import MissingDependencyError
+from .types import OptimizerName
 
 
 def register() -> None:
@@ -12,9 +16,11 @@ def register() -> None:
         MissingDependencyError: PEFT's enum cannot be extended.
     """
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-    from peft.utils.peft_types import register_peft_method
+    from peft.utils.peft_types import PeftType, register_peft_method
 
-    _add_peft_type()
+    # PEFT offers no way to register a type of one's own: `register_peft_method` demands a member of
+    # the enum, and saving reads its `.value`. A plain string in the tables is not enough.
+    _add_member(PeftType, "MOELORA", "MOELORA", "install a PEFT between 0.18.1 and 0.21.2")
     from .config import PEFT_TYPE, MoeLoraConfig
     from .model import MoeLoraModel
 
@@ -25,27 +31,68 @@ def register() -> None:
         )
 
 
-def _add_peft_type() -> None:
-    """Add the member MOELORA to PEFT's `PeftType`.
+def register_optimizer_names() -> None:
+    """Make transformers' TrainingArguments accept `optim="gradamw"` and its sisters.
 
-    PEFT offers no way to register a type of one's own: `register_peft_method` demands a member of
-    the enum, and saving reads its `.value`. A plain string in the tables is not enough.
+    Raises:
+        MissingDependencyError: transformers' enum cannot be extended.
     """
-    from peft.utils.peft_types import PeftType
+    from transformers.training_args import OptimizerNames
 
-    name = "MOELORA"
-    if name in PeftType.__members__:
+    for name in get_args(OptimizerName):
+        _add_member(OptimizerNames, name.upper(), name, "install a transformers from 5.6 to 5.23")
+
+
+def register_optimizers() -> None:
+    """Make transformers' Trainer build our optimizers by their names.
+
+    Raises:
+        MissingDependencyError: this transformers has no table of optimizers.
+    """
+    from transformers import trainer_optimizer
+    from transformers.training_args import OptimizerNames
+
+    handlers = getattr(trainer_optimizer, "_OPTIMIZER_HANDLERS", None)
+    if not isinstance(handlers, dict):
+        raise MissingDependencyError(
+            "This transformers has no table of optimizers, so optim cannot name ours; install a "
+            "transformers from 5.6 to 5.23."
+        )
+
+    def handle(context: Any) -> Any:
+        from .hf_trainer import handle_optimizer  # when a Trainer asks: it imports PEFT
+
+        return handle_optimizer(context)
+
+    register_optimizer_names()
+    for name in get_args(OptimizerName):
+        handlers.setdefault(OptimizerNames(name), handle)
+
+
+def register_callback() -> None:
+    """Make every transformers Trainer scale and log the adapter's auxiliary losses."""
+    from transformers import trainer
+
+    from .aux_loss_callback import AuxLossCallback
+
+    callbacks: list[Any] = trainer.DEFAULT_CALLBACKS
+    if AuxLossCallback not in callbacks:
+        callbacks.append(AuxLossCallback)
+
+
+def _add_member(enum: type[Enum], name: str, value: str, remedy: str) -> None:
+    """Add a member to a string enum of another package."""
+    if name in enum.__members__:
         return
     try:
-        member = str.__new__(PeftType, name)
+        member = str.__new__(enum, value)  # type: ignore[type-var]
         member._name_ = name
-        member._value_ = name
-        PeftType._member_map_[name] = member
-        PeftType._value2member_map_[name] = member
-        PeftType._member_names_.append(name)
-        type.__setattr__(PeftType, name, member)
+        member._value_ = value
+        enum._member_map_[name] = member
+        enum._value2member_map_[value] = member
+        enum._member_names_.append(name)
+        type.__setattr__(enum, name, member)
     except (AttributeError, TypeError) as error:
         raise MissingDependencyError(
-            "This PEFT's PeftType enum cannot be extended, so it cannot know MOELORA; install a "
-            "PEFT between 0.18.1 and 0.21.2."
+            f"The enum {enum.__name__} cannot be extended, so it cannot know {value}; {remedy}."
         ) from error

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 GateRescale = Literal["none", "sqrt", "exact"]
 GateRescaleScope = Literal["weights", "output"]
+OptimizerName = Literal["rsgd", "grsgd", "radamw", "gradamw"]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ Shape suffixes: T tokens, E experts.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..layers.aux_loss import real_tokens
 from ..model import moelora_layers
 from ..types import Routing
 
@@ -112,7 +112,8 @@ def routing_statistics(model: nn.Module, adapter: str = "default") -> Iterator[R
             layer.last_routing.clear()
 
     def count(module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
-        real_T = _real_tokens({**dict(zip(names, args, strict=False)), **kwargs})
+        real_T = real_tokens(module, args, kwargs)
+        real_T = None if real_T is None else real_T.cpu()
         for name, layer in layers.items():
             routing = layer.last_routing.pop(adapter, None)
             if routing is not None:
@@ -121,7 +122,6 @@ def routing_statistics(model: nn.Module, adapter: str = "default") -> Iterator[R
                 counts = stats.layers.setdefault(name, LayerCounts())
                 counts.add(routing, real_T if masked else None)
 
-    names = list(inspect.signature(base.forward).parameters)
     handles = (
         base.register_forward_pre_hook(forget),
         base.register_forward_hook(count, with_kwargs=True),
@@ -143,16 +143,3 @@ def _base_of(model: nn.Module) -> nn.Module:
     get_base_model = getattr(model, "get_base_model", None)
     base: nn.Module = get_base_model() if callable(get_base_model) else model
     return base
-
-
-def _real_tokens(arguments: Mapping[str, Any]) -> Tensor | None:
-    """Which of the T tokens of a call are real, or None where no mask says so.
-
-    With a cache the mask covers the past as well: its last columns are the current tokens.
-    """
-    mask = arguments.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
-        return None
-    inputs = (arguments.get(name) for name in ("input_ids", "inputs_embeds"))
-    length = next((i.shape[1] for i in inputs if isinstance(i, Tensor)), mask.shape[1])
-    return mask[:, mask.shape[1] - length :].bool().flatten().cpu()

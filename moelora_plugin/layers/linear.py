@@ -21,6 +21,7 @@ from ..initialization import INITIALIZATIONS
 from ..lookup import lookup
 from ..routers import ROUTERS, Router
 from ..types import ExpertPair, GateRescale, GateRescaleScope, LayerPlan, Routing
+from .aux_loss import AuxLosses, WeightedLoss, weighted_losses
 
 # These have in and out features that PEFT can read but do not compute x W^T.
 _NOT_LINEAR = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
@@ -44,13 +45,20 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
         "moelora_expert",
         "moelora_gate_rescale",
         "moelora_gate_rescale_scope",
+        "moelora_aux_losses",
     )
 
     def __init__(
-        self, base_layer: nn.Module, adapter_name: str, config: MoeLoraConfig, plan: LayerPlan
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: MoeLoraConfig,
+        plan: LayerPlan,
+        aux_losses: AuxLosses,
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.aux_losses = aux_losses
         self.in_features, self.out_features = _features(self.get_base_layer())
         self.moelora_A = nn.ParameterDict()
         self.moelora_B = nn.ParameterDict()
@@ -61,12 +69,15 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
         self.moelora_expert: dict[str, ExpertKind] = {}
         self.moelora_gate_rescale: dict[str, GateRescale] = {}
         self.moelora_gate_rescale_scope: dict[str, GateRescaleScope] = {}
+        self.moelora_aux_losses: dict[str, tuple[WeightedLoss, ...]] = {}
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self.merged_adapters = []
         # Kept only while `analysis.routing_statistics` (or whoever sets the flag) asks for it.
         self.record_routing = False
         self.last_routing: dict[str, Routing] = {}
+        # Each loss of the last micro-batch before its coefficient, by adapter; for the log.
+        self.last_aux_losses: dict[str, dict[str, Tensor]] = {}
         self.update_layer(adapter_name, config, plan)
 
     def update_layer(self, adapter_name: str, config: MoeLoraConfig, plan: LayerPlan) -> None:
@@ -82,6 +93,7 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
         self.moelora_gate_rescale_scope[adapter_name] = cast(
             GateRescaleScope, config.gate_rescale_scope
         )
+        self.moelora_aux_losses[adapter_name] = weighted_losses(config.aux_losses)
         self.moelora_A[adapter_name] = nn.Parameter(torch.empty(a_shape))
         self.moelora_B[adapter_name] = nn.Parameter(torch.empty(b_shape))
         self.moelora_router[adapter_name] = lookup("routers", config.router, ROUTERS)(
@@ -125,6 +137,11 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
             self.moelora_gate_rescale[adapter],
             self.moelora_gate_rescale_scope[adapter],
         )
+        losses = self.moelora_aux_losses[adapter]
+        if losses and self.training and torch.is_grad_enabled():
+            update_TO, self.last_aux_losses[adapter] = self.aux_losses.enter(
+                update_TO, routing, losses, adapter
+            )
         return update_TO.view(*x.shape[:-1], self.out_features)
 
     def _router(self, adapter: str) -> Router:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from ..types import OptimizerName
 from .schema import from_mapping, require
 from .yaml_files import apply_override, read_recipe_file, section
 
@@ -49,7 +50,7 @@ class OptimizerSection:
             that sets `training.lr_scheduler_type` has a schedule of its own instead.
     """
 
-    name: Literal["rsgd", "grsgd", "radamw", "gradamw"] = "gradamw"
+    name: OptimizerName = "gradamw"
     lr: float = 1e-5
     gate_lr: float = 3e-8
     gate_max_grad_norm: float | None = 1.0

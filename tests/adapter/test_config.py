@@ -56,11 +56,11 @@ def test_choices_are_listed(key, value, choices):
     assert refusal(**{key: value}) == f"{key}={value!r} must be one of {choices}."
 
 
-def test_there_is_no_auxiliary_loss_yet():
-    assert refusal(aux_losses={"balance": 0.01}) == (
-        "aux_losses={'balance': 0.01} names a loss, but none is built in yet; remove the key."
+def test_auxiliary_losses_map_names_to_coefficients():
+    assert refusal(aux_losses=["switch_lb"]) == (
+        "aux_losses=['switch_lb'] must map names to coefficients, like {'switch_lb': 0.001}."
     )
-    assert MoeLoraConfig(aux_losses={}).aux_losses == {}
+    assert MoeLoraConfig(aux_losses={"switch_lb": 0.001}).aux_losses == {"switch_lb": 0.001}
 
 
 def test_a_file_of_another_format_is_refused():

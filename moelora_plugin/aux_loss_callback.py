@@ -1,0 +1,97 @@
+"""What transformers' Trainer has to tell the auxiliary losses, and their place in its log.
+
+Light on purpose: it is a default callback of every Trainer in the process, ours or not.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+
+class AuxLossCallback(TrainerCallback):
+    """Scales the auxiliary losses as the Trainer scales its loss, and logs them as `aux_<name>`.
+
+    With gradient accumulation the losses of an update are averaged over its micro-batches, the
+    shorter last update of an epoch included; under fp16 they take the loss scaler's factor.
+    """
+
+    def __init__(self) -> None:
+        self._layers: list[Any] = []
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **_: Any,
+    ) -> None:
+        """Find the layers that have auxiliary losses; there are none unless our tuner is there."""
+        tuners = sys.modules.get(f"{__package__}.model")
+        layers = [] if tuners is None else tuners.moelora_layers(model).values()
+        self._layers = [layer for layer in layers if any(layer.moelora_aux_losses.values())]
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        train_dataloader: Any = None,
+        **_: Any,
+    ) -> None:
+        """Set the scale for the micro-batches of this update."""
+        if not self._layers:
+            return
+        scaler = getattr(optimizer, "scaler", None)  # accelerate's optimizer has one under fp16
+        factor = 1.0 if scaler is None else scaler.get_scale()
+        micro_batches = _micro_batches(args, state, train_dataloader)
+        for layer in self._layers:
+            layer.aux_losses.scale = factor / micro_batches
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """Add each loss, before its coefficient: the mean over layers in the last micro-batch."""
+        if not self._layers or logs is None or "loss" not in logs:
+            return
+        means: dict[str, list[float]] = {}
+        for layer in self._layers:
+            for losses in layer.last_aux_losses.values():
+                for name, value in losses.items():
+                    means.setdefault(f"aux_{name}", []).append(float(value))
+        entries = {name: sum(values) / len(values) for name, values in means.items()}
+        logs.update(entries)
+        if state.log_history:
+            state.log_history[-1].update(entries)  # the Trainer has put a copy there already
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Leave the model as it came."""
+        for layer in self._layers:
+            layer.aux_losses.scale = 1.0
+        self._layers = []
+
+
+def _micro_batches(args: TrainingArguments, state: TrainerState, dataloader: Any) -> int:
+    """How many micro-batches the update that now begins has."""
+    accumulation = args.gradient_accumulation_steps
+    try:
+        batches = len(dataloader)
+    except TypeError:  # a stream; the Trainer takes full updates from it
+        return accumulation
+    updates = -(-batches // accumulation)
+    is_last = state.global_step % max(updates, 1) == updates - 1
+    return (batches % accumulation or accumulation) if is_last else accumulation

@@ -1,0 +1,289 @@
+"""Auxiliary losses: their values, and their gradient against the loss added by hand."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from peft import get_peft_model
+from tiny import tiny_llama
+from transformers import Trainer, TrainingArguments
+
+from moelora_plugin import MoeLoraConfig
+from moelora_plugin.errors import ConfigError
+from moelora_plugin.losses import LOSSES
+from moelora_plugin.model import find_tuner, moelora_layers
+from moelora_plugin.types import Routing
+
+COEFFICIENTS = {"switch_lb": 0.3, "z": 0.02}
+
+
+def routing_of(logits: torch.Tensor, top_k: int) -> Routing:
+    probs = logits.softmax(-1)
+    kept, ids = probs.topk(top_k)
+    weights = torch.zeros_like(probs).scatter(-1, ids, kept / kept.sum(-1, keepdim=True))
+    return Routing(logits=logits, probs=probs, weights=weights, expert_ids=ids)
+
+
+def by_hand(name: str, routing: Routing, real: torch.Tensor) -> torch.Tensor:
+    """The formulas, token by token."""
+    tokens = [t for t in range(len(real)) if real[t]]
+    experts = routing.probs.shape[-1]
+    if name == "z":
+        return sum(routing.logits[t].exp().sum().log() ** 2 for t in tokens) / len(tokens)
+    total = routing.probs.new_zeros(())
+    for e in range(experts):
+        share = sum(float(routing.weights[t, e] > 0) for t in tokens) / len(tokens)
+        total = total + share * sum(routing.probs[t, e] for t in tokens) / len(tokens)
+    return experts * total
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("padded", [False, True])
+def test_value_is_the_formula_over_real_tokens(name, padded):
+    torch.manual_seed(0)
+    routing = routing_of(torch.randn(9, 5, dtype=torch.double) * 2, 2)
+    real = torch.ones(9, dtype=torch.bool)
+    if padded:
+        real[[1, 7, 8]] = False
+    found = LOSSES[name](routing, real if padded else None)
+    assert found.shape == ()
+    # Sums of nine numbers in float64, in another order.
+    torch.testing.assert_close(found, by_hand(name, routing, real), rtol=1e-12, atol=0)
+
+
+def test_balanced_routing_has_a_switch_loss_of_k_and_collapse_one_of_e():
+    balanced = torch.eye(4, dtype=torch.double).repeat(3, 1) * 1e-9
+    value = LOSSES["switch_lb"](routing_of(balanced, 1), None)
+    torch.testing.assert_close(value.item(), 1.0, rtol=1e-6, atol=0)
+    collapsed = torch.zeros(12, 4, dtype=torch.double)
+    collapsed[:, 2] = 100.0
+    assert LOSSES["switch_lb"](routing_of(collapsed, 1), None).item() == pytest.approx(4.0)
+
+
+def test_all_padding_gives_zero_not_nan():
+    routing = routing_of(torch.randn(3, 4), 2)
+    for loss in LOSSES.values():
+        assert loss(routing, torch.zeros(3, dtype=torch.bool)).item() == 0.0
+
+
+def model_with(aux_losses, *, dropout=0.0, checkpointing=None, seed=0):
+    model = tiny_llama(vocab_size=64, seed=seed).double()  # so that only a wrong formula differs
+    if checkpointing is not None:
+        model.activation_checkpointing_enable({"use_reentrant": checkpointing})
+        model.enable_input_require_grads()
+    torch.manual_seed(seed)
+    model = get_peft_model(
+        model,
+        MoeLoraConfig(
+            r=2,
+            num_experts=4,
+            top_k=2,
+            lora_dropout=dropout,
+            target_modules=["q_proj", "down_proj"],
+            aux_losses=aux_losses,
+        ),
+        autocast_adapter_dtype=False,
+    ).double()
+    for layer in moelora_layers(model).values():  # B is zero at first: nothing would reach below
+        torch.nn.init.normal_(layer.moelora_B["default"], std=0.1)
+    return model.train()
+
+
+def batch(seed=0, rows=3, length=7):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 64, (rows, length), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[0, 4:] = 0
+    mask[1, 6:] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def summand(model, inputs):
+    """coef * mean over layers, from the routings of a forward pass that is going on."""
+    real = inputs["attention_mask"].bool().flatten()
+    layers = moelora_layers(model).values()
+    return sum(
+        COEFFICIENTS[name] * by_hand(name, layer.kept_routing, real) / len(layers)
+        for layer in layers
+        for name in COEFFICIENTS
+    )
+
+
+def keep_routing(model):
+    """Keep each layer's routing with its graph, which the layer itself does not."""
+    for layer in moelora_layers(model).values():
+        router = layer.moelora_router["default"]
+        router.register_forward_hook(
+            lambda _module, _args, routing, layer=layer: setattr(layer, "kept_routing", routing)
+        )
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(found, expected):
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        # float64 with norms and softmax in fp32 inside the model, and sums taken in another order.
+        error = (found[name] - gradient).abs().max() / gradient.abs().max()
+        assert error < 1e-5, (name, float(error))
+        assert gradient.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("checkpointing", [None, False, True])
+@pytest.mark.parametrize("loss_scale", [1.0, 1024.0])
+def test_gradient_is_that_of_the_loss_added_by_hand(checkpointing, loss_scale):
+    inputs = batch()
+    reference = model_with({})
+    keep_routing(reference)
+    loss = reference(**inputs).loss
+    ((loss + summand(reference, inputs)) * loss_scale).backward()
+    expected = gradients(reference)
+
+    model = model_with(COEFFICIENTS, checkpointing=checkpointing)
+    find_tuner(model).aux_losses.scale = loss_scale
+    found = model(**inputs).loss
+    torch.testing.assert_close(found, loss, rtol=1e-6, atol=0)  # the host's loss is untouched
+    (found * loss_scale).backward()
+    assert_same_gradients(gradients(model), expected)
+
+
+def test_without_the_losses_the_gradient_differs():
+    inputs = batch()
+    found = []
+    for aux_losses in ({}, COEFFICIENTS):
+        model = model_with(aux_losses)
+        model(**inputs).loss.backward()
+        found.append(gradients(model))
+    for name in found[0]:
+        # Nothing of what the last layer's experts add is read by any router.
+        top = "layers.1.mlp.down_proj" in name and "router" not in name
+        assert torch.allclose(found[0][name], found[1][name], rtol=1e-3) == top, name
+
+
+def test_no_mask_means_all_tokens_and_a_pass_without_gradient_leaves_the_mask_alone():
+    inputs = batch()
+    model = model_with(COEFFICIENTS)
+    output = model(**inputs).loss
+    with torch.no_grad():  # a reference model's pass between forward and backward
+        model(input_ids=inputs["input_ids"][:1])
+    assert int(find_tuner(model).aux_losses._real_T.sum()) == int(inputs["attention_mask"].sum())
+    output.backward()
+    model(input_ids=inputs["input_ids"], labels=inputs["input_ids"])
+    assert find_tuner(model).aux_losses._real_T is None
+
+
+def test_evaluation_has_no_aux_losses():
+    model = model_with(COEFFICIENTS).eval()
+    model(**batch())
+    assert all(not layer.last_aux_losses for layer in moelora_layers(model).values())
+
+
+def test_a_second_adapter_with_losses_is_masked_too():
+    model = model_with({})
+    model.add_adapter(
+        "second",
+        MoeLoraConfig(r=2, num_experts=3, top_k=1, target_modules=["q_proj"], aux_losses={"z": 1}),
+    )
+    model.set_adapter("second")
+    model(**batch())
+    aux = find_tuner(model).aux_losses
+    assert aux.num_layers == {"default": 4, "second": 2}
+    assert aux._real_T is not None
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_keeps_its_own_mask(copied):
+    model = model_with(COEFFICIENTS)
+    twin = copied(model)
+    inputs = batch()
+    twin(**inputs).loss.backward()
+    assert find_tuner(twin).aux_losses._real_T is not None
+    assert find_tuner(model).aux_losses._real_T is None
+    model(**inputs).loss.backward()
+    assert_same_gradients(gradients(twin), gradients(model))
+
+
+def test_an_unknown_loss_offers_the_nearest():
+    with pytest.raises(ConfigError, match=r"Unknown loss 'switch'; did you mean 'switch_lb'\?"):
+        model_with({"switch": 0.1})
+
+
+@pytest.mark.parametrize("value", [-1, math.inf, math.nan, "0.1", True])
+def test_a_coefficient_must_be_a_number(value):
+    with pytest.raises(ConfigError, match=r"aux_losses\['z'\]=.* must be a number of at least 0"):
+        MoeLoraConfig(aux_losses={"z": value})
+
+
+class ByHandTrainer(Trainer):
+    """Adds the auxiliary losses to the loss, as somebody would without us."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        # transformers normalises the loss itself by the tokens of the whole update.
+        return loss + summand(model, inputs) / self.current_gradient_accumulation_steps
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_trainer_with_gradient_accumulation_equals_the_loss_added_by_hand(tmp_path, accumulation):
+    # 8 rows, batches of 2, updates of 3 batches: the epoch's last update is a short one.
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for length in (5, 6, 7, 5, 6, 7, 5, 6):
+        ids = torch.randint(3, 64, (length,), generator=generator)
+        rows.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids})
+
+    def collate(examples):
+        length = max(len(example["input_ids"]) for example in examples)
+        fillers = {"input_ids": 2, "attention_mask": 0, "labels": -100}
+        return {
+            key: torch.stack(
+                [
+                    torch.nn.functional.pad(e[key], (0, length - len(e[key])), value=filler)
+                    for e in examples
+                ]
+            )
+            for key, filler in fillers.items()
+        }
+
+    def trained(trainer_class, aux_losses):
+        model = model_with(aux_losses)
+        keep_routing(model)
+        trainer = trainer_class(
+            model=model,
+            args=TrainingArguments(
+                output_dir=str(tmp_path / trainer_class.__name__),
+                per_device_train_batch_size=2,
+                gradient_accumulation_steps=accumulation,
+                num_train_epochs=2,
+                learning_rate=0.01,
+                optim="sgd",
+                lr_scheduler_type="constant",
+                logging_steps=1,
+                max_grad_norm=0.0,
+                save_strategy="no",
+                report_to=[],
+                use_cpu=True,
+                dataloader_pin_memory=False,
+                disable_tqdm=True,
+            ),
+            train_dataset=rows,
+            data_collator=collate,
+        )
+        trainer.train()
+        weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+        return weights, trainer.state.log_history
+
+    expected, _ = trained(ByHandTrainer, {})
+    found, history = trained(Trainer, COEFFICIENTS)
+    for name, weight in expected.items():
+        error = (found[name] - weight).abs().max() / weight.abs().max()
+        assert error < 1e-5, (name, float(error))  # as above, over up to eight updates
+    steps = [entry for entry in history if "loss" in entry]
+    assert all(1.9 < entry["aux_switch_lb"] < 4 and entry["aux_z"] > 0 for entry in steps)
