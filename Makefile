@@ -8,11 +8,12 @@ INSTALLED := $(VENV)/.installed
 
 # Two workers of one thread each: torch's own threads would fight over the same cores.
 PYTEST_ARGS ?= -n 2
+HOSTS_ARGS ?= -n 2 --dist loadfile
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 DEMO_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-data lint format type imports check wheel bench clean
+.PHONY: help install demo test test-slow test-hosts test-data lint format type imports check wheel bench clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
@@ -35,10 +36,15 @@ demo: $(INSTALLED)  ## Train, evaluate and export an adapter in minutes (DEMO_AR
 	$(BIN)/moelora demo $(DEMO_ARGS)
 
 test: $(INSTALLED)  ## Run the tests (no network, no data folder)
-	$(PYTEST) -m "not data and not slow and not network"
+	$(PYTEST) -m "not data and not slow and not network and not hosts"
 
 test-slow: $(INSTALLED)  ## Run the tests that take longer than ten seconds each
-	$(PYTEST) -m "slow and not data and not network"
+	$(PYTEST) -m "slow and not data and not network and not hosts"
+
+# Environments are kept in ~/.cache/moelora/hosts and made anew when their pins change.
+test-hosts: $(INSTALLED)  ## Run the hosts' own commands, each host in its environment (about 9 GB)
+	$(BIN)/python tests/hosts/environments.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(HOSTS_ARGS) -m hosts
 
 test-data: $(INSTALLED)  ## Run the checks on real rows (MOELORA_DATA_DIR=folder)
 	@test -n "$$MOELORA_DATA_DIR" || { \

@@ -11,7 +11,19 @@ from typer.core import TyperGroup
 
 from moelora_plugin.errors import MoeLoraError
 
-from . import demo, doctor, evaluate, export, inspect_, presets, tasks, train
+from . import (
+    demo,
+    doctor,
+    evaluate,
+    export,
+    init,
+    inspect_,
+    launch,
+    path,
+    presets,
+    tasks,
+    train,
+)
 from .display import display, display_error
 
 
@@ -45,12 +57,15 @@ for _name, _function, _epilog in (
     ("eval", evaluate.evaluate, evaluate.EXAMPLES),
     ("export", export.export, export.EXAMPLES),
     ("demo", demo.demo, demo.EXAMPLES),
+    ("init", init.init, init.EXAMPLES),
     ("tasks", tasks.tasks, tasks.EXAMPLES),
     ("presets", presets.presets, presets.EXAMPLES),
     ("inspect", inspect_.inspect, inspect_.EXAMPLES),
+    ("path", path.path, path.EXAMPLES),
     ("doctor", doctor.doctor, doctor.EXAMPLES),
 ):
     app.command(_name, epilog=_epilog)(_function)
+app.command("launch", epilog=launch.EXAMPLES, context_settings=launch.CONTEXT)(launch.launch)
 
 
 def _show_version(wanted: bool) -> None:
@@ -83,5 +98,9 @@ def main() -> None:
     warnings.filterwarnings(
         "ignore", ".is_gradient_checkpointing. is deprecated", category=FutureWarning
     )
-    # People add --debug at the end of a line that failed; it is an option of the whole program.
-    app(args=sorted(sys.argv[1:], key=lambda argument: argument != "--debug"))
+    arguments = sys.argv[1:]
+    # People add --debug at the end of a line that failed; it is an option of the whole program,
+    # unless the line's end is another program's.
+    if next((word for word in arguments if not word.startswith("-")), None) != "launch":
+        arguments.sort(key=lambda word: word != "--debug")
+    app(args=arguments)

@@ -17,7 +17,12 @@ if TYPE_CHECKING:
     from .config import MoeLoraConfig
     from .export import export_adapter
     from .model import MoeLoraModel
-    from .optim import RiemannianAdamW, RiemannianSGD, build_optimizer
+    from .optim import (
+        RiemannianAdamW,
+        RiemannianSGD,
+        build_optimizer,
+        precondition_in_backward,
+    )
     from .presets import PRESETS
 
 __version__ = "0.1.0"
@@ -31,6 +36,7 @@ _HOME_OF = {
     "build_optimizer": "optim",
     "export_adapter": "export",
     "load_adapter": "checkpoint",
+    "precondition_in_backward": "optim",
     "routing_statistics": "analysis",
     "save_adapter": "checkpoint",
 }
@@ -44,6 +50,7 @@ __all__ = [
     "build_optimizer",
     "export_adapter",
     "load_adapter",
+    "precondition_in_backward",
     "routing_statistics",
     "save_adapter",
 ]

@@ -12,13 +12,12 @@ public name of `moelora_plugin`, by a host's own plugin setting, or by `moelora 
 from __future__ import annotations
 
 import importlib
-import importlib.abc
-import importlib.machinery
-import importlib.util
+import itertools
 import os
 import sys
-import traceback
+from collections import deque
 from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 ENVIRONMENT_SWITCH = "MOELORA_AUTOLOAD"
@@ -32,11 +31,31 @@ HOOKS: dict[str, str] = {
     "peft.mapping_func": "registration:register",
     "transformers.training_args": "registration:register_optimizer_names",
     "transformers.trainer_optimizer": "registration:register_optimizers",
-    "transformers.trainer": "registration:register_callback",
+    "transformers.trainer": "registration:register_callbacks",
+    "llamafactory.hparams.parser": "integrations.llamafactory.classic:extend_arguments",
+    "llamafactory.model.adapter": "integrations.llamafactory.classic:extend_adapter",
+    "llamafactory.data.template": "integrations.llamafactory.text_template:register",
+    "llamafactory.v1.plugins.model_plugins.peft": "integrations.llamafactory.v1:register_adapter",
+    "llamafactory.v1.plugins.model_plugins.rendering": "integrations.llamafactory.v1:register_text",
+    "llamafactory.v1.plugins.data_plugins.converter": (
+        "integrations.llamafactory.v1:register_converter"
+    ),
+    "llamafactory.v1.plugins.trainer_plugins.optimizer": (
+        "integrations.llamafactory.v1:register_optimizers"
+    ),
+    "llamafactory.v1.plugins.trainer_plugins.optimizers.optimizer": (  # 0.9.6
+        "integrations.llamafactory.v1:register_optimizers"
+    ),
+    "llamafactory.v1.core.base_trainer": "integrations.llamafactory.v1:register_aux_losses",
+    "swift.arguments.tuner_args": "integrations.ms_swift:register_options",
+    "swift.tuner_plugin.mapping": "integrations.ms_swift:register_tuner",
+    "swift.optimizers.mapping": "integrations.ms_swift:register_optimizers",
+    # It makes a new list of the Trainer's default callbacks.
+    "swift.trainers.patcher": "registration:register_callbacks",
 }
 
 # Targets that have been imported and are not served yet.
-_waiting: list[str] = []
+_waiting: deque[str] = deque()
 
 # Why each hook failed, if it did: module name -> traceback. `moelora doctor` shows it.
 failures: dict[str, str] = {}
@@ -66,27 +85,23 @@ def activate() -> None:
     if installed():
         return
     sys.meta_path.insert(0, _HookFinder())
+    # What is missed: a target that another thread has found and not yet put into `sys.modules`.
     for name in HOOKS:
         module = sys.modules.get(name)
-        if module is None:
-            continue
-        if _half_imported(module):
-            _watch(module)
-        else:
-            _imported(name)
+        if module is not None and not _watch(module):
+            _waiting.append(name)
+    _serve_waiting()
 
 
-def _imported(name: str) -> None:
-    """Serve what is now possible, after the import of a hook's target or of one of our modules."""
-    if name in HOOKS:
-        _waiting.append(name)
-    while _waiting:
-        if (ours := _half_imported_of_ours()) is not None:
-            # One of our own modules is what imports the target. Serving it in the middle would
-            # import that module's dependants while it has no names yet.
-            _watch(ours)
+def _serve_waiting() -> None:
+    # Where one of our own modules is what imports the target, serving it in the middle would import
+    # that module's dependants while it has no names yet: its end comes back here.
+    while _waiting and not _watch_ours():
+        try:
+            name = _waiting.popleft()
+        except IndexError:  # another thread was faster
             return
-        _serve(_waiting.pop(0))
+        _serve(name)
 
 
 def _serve(name: str) -> None:
@@ -94,25 +109,29 @@ def _serve(name: str) -> None:
     try:
         getattr(importlib.import_module(f"{_PACKAGE}.{module_name}"), function)()
     except Exception:  # an exception here would break `import torch` or `import peft` for everyone
+        import traceback
+
         failures[name] = traceback.format_exc()
+    else:
+        failures.pop(name, None)
 
 
-def _half_imported(module: ModuleType) -> bool:
-    return bool(getattr(module.__spec__, "_initializing", False))
+def _watch_ours() -> bool:
+    """Whether one of our modules is half imported; the end of its import is then watched."""
+    return any(
+        _watch(module)
+        for name, module in list(sys.modules.items())
+        if name.startswith(f"{_PACKAGE}.") and name != __name__
+    )
 
 
-def _half_imported_of_ours() -> ModuleType | None:
-    for name, module in list(sys.modules.items()):
-        if name.startswith(f"{_PACKAGE}.") and name != __name__ and _half_imported(module):
-            return module
-    return None
-
-
-class _WatchedSpec(importlib.machinery.ModuleSpec):
+class _WatchedSpec(ModuleSpec):
     """A spec that notices the end of its module's import.
 
     importlib sets `_initializing` to True before a module's code runs and to False when it is done
-    or has failed, in which case the module is no longer in `sys.modules`.
+    or has failed, in which case the module is no longer in `sys.modules`. A spec becomes a watched
+    one by its `__class__`, in the middle of the import too: its loader, which others may have
+    wrapped and ask for the source, stays as it is.
     """
 
     @property
@@ -122,38 +141,50 @@ class _WatchedSpec(importlib.machinery.ModuleSpec):
     @_initializing.setter
     def _initializing(self, value: bool) -> None:
         self.__dict__["_initializing"] = value
-        if not value:
-            self.__class__ = importlib.machinery.ModuleSpec  # type: ignore[assignment]
-            module = sys.modules.get(self.name)
-            if module is not None and module.__spec__ is self:
-                _imported(self.name)
+        if value:
+            return
+        self.__class__ = ModuleSpec  # type: ignore[assignment]
+        done = getattr(sys.modules.get(self.name), "__spec__", None) is self
+        if done and self.name in HOOKS:
+            _waiting.append(self.name)
+        # After a failure too: a module of ours may have failed after it had imported a target.
+        _serve_waiting()
 
 
-def _watch(module: ModuleType) -> None:
-    if type(module.__spec__) is importlib.machinery.ModuleSpec:
-        module.__spec__.__class__ = _WatchedSpec
+def _watch(module: ModuleType | None) -> bool:
+    """Watch the end of a module's import; False where it is not being imported."""
+    spec = getattr(module, "__spec__", None)
+    if type(spec) is ModuleSpec and _in_progress(spec):
+        spec.__class__ = _WatchedSpec
+        if not _in_progress(spec):  # another thread's import, done before it was watched
+            spec.__class__ = ModuleSpec
+    return type(spec) is _WatchedSpec and _in_progress(spec)
 
 
-class _HookFinder(importlib.abc.MetaPathFinder):
+def _in_progress(spec: ModuleSpec) -> bool:
+    return bool(getattr(spec, "_initializing", False))
+
+
+class _HookFinder:
     """Finds nothing of its own: watches the specs of the modules that have a hook."""
 
-    def __init__(self) -> None:
-        self._busy: set[str] = set()
-
     def find_spec(
-        self,
-        fullname: str,
-        path: Sequence[str] | None,
-        target: ModuleType | None = None,
-    ) -> importlib.machinery.ModuleSpec | None:
-        """The module's real spec, watched, or None for modules without a hook."""
-        if fullname not in HOOKS or fullname in self._busy:
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """The module's real spec, watched, or None for modules without a hook.
+
+        A reload, which brings a `target`, is left alone: importlib does not mark its end.
+        """
+        if fullname not in HOOKS or target is not None:
             return None
-        self._busy.add(fullname)  # the search below comes back through here
-        try:
-            spec = importlib.util.find_spec(fullname)
-        finally:
-            self._busy.discard(fullname)
-        if spec is not None and type(spec) is importlib.machinery.ModuleSpec:
-            spec.__class__ = _WatchedSpec
-        return spec
+        # What `importlib.util.find_spec` would answer, but that imports parents, takes a shortcut
+        # through `sys.modules`, and would come back through here.
+        later = itertools.dropwhile(lambda finder: finder is not self, list(sys.meta_path))
+        for finder in itertools.islice(later, 1, None):
+            find_spec = getattr(finder, "find_spec", None)
+            spec: ModuleSpec | None = find_spec and find_spec(fullname, path, target)
+            if spec is not None:
+                if type(spec) is ModuleSpec:
+                    spec.__class__ = _WatchedSpec
+                return spec
+        return None

@@ -6,9 +6,12 @@ Light on purpose: it is a default callback of every Trainer in the process, ours
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
+
+from .errors import ConfigError
+from .types import OptimizerName
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -36,6 +39,11 @@ class AuxLossCallback(TrainerCallback):
         tuners = sys.modules.get(f"{__package__}.model")
         layers = [] if tuners is None else tuners.moelora_layers(model).values()
         self._layers = [layer for layer in layers if any(layer.moelora_aux_losses.values())]
+        if self._layers and args.fp16 and _deepspeed_config() is not None:
+            raise ConfigError(
+                "aux_losses cannot know the loss scale that DeepSpeed keeps under fp16; set bf16 "
+                "in place of fp16."
+            )
 
     def on_step_begin(
         self,
@@ -83,6 +91,30 @@ class AuxLossCallback(TrainerCallback):
         for layer in self._layers:
             layer.aux_losses.scale = 1.0
         self._layers = []
+
+
+class OptimizerCallback(TrainerCallback):
+    """Stops a run whose `optim` names one of ours that would not be used."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Look whether DeepSpeed brings an optimizer: the Trainer then builds none."""
+        name = getattr(args.optim, "value", args.optim)
+        config = _deepspeed_config()
+        if name in get_args(OptimizerName) and config is not None and "optimizer" in config:
+            raise ConfigError(
+                f"optim: {name} is not used, because the DeepSpeed config has an `optimizer` "
+                "section; remove that section."
+            )
+
+
+def _deepspeed_config() -> dict[str, Any] | None:
+    """DeepSpeed's configuration where accelerate runs it, else None."""
+    from accelerate.state import AcceleratorState, is_initialized
+
+    plugin = getattr(AcceleratorState(), "deepspeed_plugin", None) if is_initialized() else None
+    return None if plugin is None else plugin.deepspeed_config
 
 
 def _micro_batches(args: TrainingArguments, state: TrainerState, dataloader: Any) -> int:

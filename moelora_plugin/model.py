@@ -52,8 +52,9 @@ class MoeLoraModel(BaseTuner):
             self.aux_losses.watch(model)
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
-        """Say which linears there are before PEFT says only that none matched."""
+        """Say what is wrong with the base before PEFT says less, or nothing."""
         assert isinstance(config, MoeLoraConfig)
+        _refuse_sharded(model)
         if config.target_modules is None:
             model_type = self.get_model_config(model).get("model_type")
             if model_type not in self.target_module_mapping:
@@ -111,6 +112,22 @@ def moelora_layers(model: nn.Module) -> dict[str, MoeLoraLinear]:
 def find_tuner(model: Any) -> MoeLoraModel | None:
     """The tuner inside a PeftModel (however it is wrapped), or None."""
     return next((m for m in model.modules() if isinstance(m, MoeLoraModel)), None)
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    """A base whose linears are cut over processes takes no adapter: its experts would not be.
+
+    transformers notes its tensor parallel size on the model, from 5.6 to 5.23 except where weights
+    are DTensors anyway; so are those of FSDP2 and of torch's parallelize_module.
+    """
+    sizes = (getattr(module, "_tp_size", None) or 1 for module in model.modules())
+    weights = (parameter for parameter in model.parameters() if hasattr(parameter, "full_tensor"))
+    if max(sizes) > 1 or next(weights, None) is not None:
+        raise ConfigError(
+            "The base model's weights are split over processes already (tensor parallelism, or "
+            "sharded while loading), which MoE-LoRA layers do not support; load it whole, add the "
+            "adapter, and train with DDP or FSDP2 (or DeepSpeed ZeRO stage 1 or 2)."
+        )
 
 
 def _linear_names(model: nn.Module) -> list[str]:

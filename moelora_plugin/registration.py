@@ -69,15 +69,14 @@ def register_optimizers() -> None:
         handlers.setdefault(OptimizerNames(name), handle)
 
 
-def register_callback() -> None:
-    """Make every transformers Trainer scale and log the adapter's auxiliary losses."""
+def register_callbacks() -> None:
+    """Give every transformers Trainer what our optimizers and auxiliary losses need of it."""
     from transformers import trainer
 
-    from .aux_loss_callback import AuxLossCallback
+    from .aux_loss_callback import AuxLossCallback, OptimizerCallback
 
     callbacks: list[Any] = trainer.DEFAULT_CALLBACKS
-    if AuxLossCallback not in callbacks:
-        callbacks.append(AuxLossCallback)
+    callbacks += [c for c in (AuxLossCallback, OptimizerCallback) if c not in callbacks]
 
 
 def _add_member(enum: type[Enum], name: str, value: str, remedy: str) -> None:

@@ -1,16 +1,19 @@
-"""PEFT knows MOELORA in whatever order modules are imported, and importing the package is light.
+"""PEFT and transformers know us in whatever order modules are imported; importing us is light.
 
 Every case runs in a process of its own. A fresh interpreter needs five seconds for `import peft`,
 nearly all of them for torch and transformers; so most cases are forked from one that has imported
-those two and nothing of PEFT or of ours, and a few start from nothing.
+those two and nothing of PEFT or of ours, and a few start from nothing. How the hooks work is tested
+in test_autoload.py.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -39,12 +42,21 @@ REPORT = """
 import json as _json, sys as _sys
 _autoload = _sys.modules.get("moelora_plugin.autoload")
 _peft = _sys.modules.get("peft")
+_trainer = {}
+if _module := _sys.modules.get("transformers.training_args"):
+    _trainer["names"] = "GRADAMW" in _module.OptimizerNames.__members__
+if _module := _sys.modules.get("transformers.trainer_optimizer"):
+    _trainer["handlers"] = "gradamw" in _module._OPTIMIZER_HANDLERS
+if _module := _sys.modules.get("transformers.trainer"):
+    _names = [callback.__name__ for callback in _module.DEFAULT_CALLBACKS]
+    _trainer["callback"] = _names.count("AuxLossCallback") == 1
 print(_json.dumps({
     "heavy": [m for m in ("torch", "peft", "transformers") if m in _sys.modules],
     "known": _peft is not None
         and "MOELORA" in _peft.PeftType.__members__
         and "MOELORA" in _peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING
         and "MOELORA" in _peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING,
+    "trainer": _trainer,
     "failures": None if _autoload is None else _autoload.failures,
 }), flush=True)
 """
@@ -82,11 +94,22 @@ ORDERS = {
         "import peft, moelora_plugin\nassert 'MOELORA' not in peft.PeftType.__members__\n"
         "moelora_plugin.MoeLoraConfig(r=1)"
     ),
+    "ours, Trainer": "import moelora_plugin; from transformers import Trainer; import peft",
+    "Trainer, ours": "from transformers import Trainer; import moelora_plugin, peft",
+    # Imports transformers.training_args while it is half imported itself.
+    "our callback, Trainer": (
+        "import moelora_plugin.aux_loss_callback; from transformers import Trainer; import peft"
+    ),
+    "switched off, a public name after Trainer": (
+        "import os; os.environ['MOELORA_AUTOLOAD'] = '0'\n"
+        "from transformers import Trainer; from moelora_plugin import MoeLoraConfig; import peft"
+    ),
     **{f"{module}, peft": f"import moelora_plugin.{module}, peft" for module in SUBMODULES},
 }
 OTHER_CASES = {
     "switched off": (
-        "import os; os.environ['MOELORA_AUTOLOAD'] = '0'\nimport moelora_plugin, peft"
+        "import os; os.environ['MOELORA_AUTOLOAD'] = '0'\n"
+        "import moelora_plugin, peft, transformers.trainer"
     ),
     "a hook that raises": (
         "from moelora_plugin import autoload, registration\n"
@@ -138,17 +161,31 @@ def reports(tmp_path_factory) -> dict[str, dict]:
     return {name: json.loads(report) for name, report in zip(lines[::2], lines[1::2], strict=True)}
 
 
+def entry_point(folder: Path, target: str) -> None:
+    """What pip leaves of a package that declares our entry point."""
+    info = folder / "moelora-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: moelora\nVersion: 0\n")
+    (info / "entry_points.txt").write_text(f"[torch.backends]\nmoelora = {target}\n")
+
+
+EVERYTHING = {"names": True, "handlers": True, "callback": True}
+
+
 @pytest.mark.parametrize("order", ORDERS)
-def test_every_order_of_imports_ends_with_peft_knowing_us(reports, order):
+def test_every_order_of_imports_ends_with_all_of_them_knowing_us(reports, order):
     report = reports[order]
     assert isinstance(report, dict), report
     assert report["known"]
     assert report["failures"] == {}
+    assert set(report["trainer"].values()) <= {True}
+    assert "Trainer" not in order or report["trainer"] == EVERYTHING
 
 
-def test_switched_off_peft_is_left_alone(reports):
+def test_switched_off_others_are_left_alone(reports):
     report = reports["switched off"]
     assert not report["known"]
+    assert report["trainer"] == dict.fromkeys(EVERYTHING, False)
     assert report["failures"] == {}
 
 
@@ -162,32 +199,71 @@ def test_a_hook_that_raises_is_recorded_and_breaks_nothing(reports):
 @pytest.mark.parametrize("submodule", ["autoload", "errors", "files", "lookup", "presets", "types"])
 def test_importing_the_package_imports_nothing_heavy(submodule, tmp_path):
     report = fresh(f"import moelora_plugin, moelora_plugin.{submodule}", tmp_path)
-    assert report == {"heavy": [], "known": False, "failures": {}}
+    assert report == {"heavy": [], "known": False, "trainer": {}, "failures": {}}
 
 
-@pytest.mark.parametrize("first", ["torch", "peft"])
+ACTIVE = "import sys; assert 'moelora_plugin.autoload' in sys.modules"
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        f"import torch; {ACTIVE}; assert 'peft' not in sys.modules",
+        f"import peft; {ACTIVE}",
+        # torch is first imported from inside transformers.training_args.
+        "from transformers import TrainingArguments\n"
+        "assert TrainingArguments(output_dir='out', optim='gradamw').optim.value == 'gradamw'",
+        "import transformers.trainer",
+    ],
+    ids=["torch", "peft", "TrainingArguments", "Trainer"],
+)
 def test_the_entry_point_serves_a_program_that_never_names_us(first, tmp_path):
-    """`import peft` imports torch on its way: the entry point runs while PEFT is half imported."""
-    folder = tmp_path / "moelora-0.dist-info"
-    folder.mkdir()
-    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: moelora\nVersion: 0\n")
-    (folder / "entry_points.txt").write_text(
-        "[torch.backends]\nmoelora = moelora_plugin.autoload:install\n"
-    )
-    report = fresh(
-        f"import {first}\nimport sys\nassert 'moelora_plugin.autoload' in sys.modules\n"
-        f"assert ('peft' in sys.modules) == ({first!r} == 'peft')\nimport peft",
-        tmp_path,
-        PYTHONPATH=os.pathsep.join([str(ROOT), str(tmp_path)]),
-    )
+    """Most of these import torch on their way: they are half imported when we come."""
+    entry_point(tmp_path, "moelora_plugin.autoload:install")
+    path = os.pathsep.join([str(ROOT), str(tmp_path)])
+    report = fresh(f"{first}\nimport peft, transformers.trainer", tmp_path, PYTHONPATH=path)
     assert report["known"]
+    assert report["trainer"] == EVERYTHING
     assert report["failures"] == {}
 
 
-def test_the_loader_is_put_back():
-    """Whoever looks at a hooked module finds it loaded as if there were no hook."""
+def test_the_entry_point_switched_off_does_nothing(tmp_path):
+    entry_point(tmp_path, "moelora_plugin.autoload:install")
+    path = os.pathsep.join([str(ROOT), str(tmp_path)])
+    report = fresh(
+        f"import torch; {ACTIVE}\n"
+        "assert not sys.modules['moelora_plugin.autoload'].installed()\n"
+        "import transformers.training_args",
+        tmp_path,
+        PYTHONPATH=path,
+        MOELORA_AUTOLOAD="0",
+    )
+    assert report["trainer"] == {"names": False}
+    assert report["failures"] == {}
+
+
+def test_torch_survives_a_broken_hook(tmp_path):
+    """A package like ours, whose hook on something already imported cannot even be found."""
+    package = tmp_path / "broken"
+    package.mkdir()
+    shutil.copy(ROOT / "moelora_plugin" / "autoload.py", package)
+    (package / "__init__.py").write_text(
+        "from . import autoload\nautoload.HOOKS['json'] = 'nowhere:register'\n"
+    )
+    entry_point(tmp_path, "broken.autoload:install")
+    fresh(
+        "import json, torch, broken; assert torch.zeros(1).item() == 0.0\n"
+        "assert list(broken.autoload.failures) == ['json'], broken.autoload.failures\n"
+        "assert 'ModuleNotFoundError' in broken.autoload.failures['json']",
+        tmp_path,
+        PYTHONPATH=str(tmp_path),
+    )
+
+
+def test_nothing_is_left_on_a_hooked_module():
+    """Whoever looks at it finds it loaded as if there were no hook."""
     import peft.mapping_func
 
-    assert type(peft.mapping_func.__spec__.loader).__module__ != "moelora_plugin.autoload"
+    assert type(peft.mapping_func.__spec__) is ModuleSpec
     assert peft.mapping_func.__loader__ is peft.mapping_func.__spec__.loader
     assert "def get_peft_model" in peft.mapping_func.__loader__.get_source("peft.mapping_func")

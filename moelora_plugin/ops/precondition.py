@@ -73,6 +73,22 @@ def gram(experts: Tensor) -> Tensor:
     return (wide @ wide.mT).to(torch.promote_types(experts.dtype, torch.float32))
 
 
+def apply_inverse(inverse_Err: Tensor, grad: Tensor, ranks: Sequence[int], dim: int) -> Tensor:
+    """Precondition the gradient of a stacked factor by its partner's inverse metrics.
+
+    Args:
+        inverse_Err: (E, max r, max r), fp32 or wider.
+        grad: of stacked A (R, I) with dim 0, or of stacked B (O, R) with dim 1.
+        ranks: rank of each expert.
+        dim: the rank dimension of `grad`.
+
+    Returns:
+        As `grad` in shape and dtype, contiguous.
+    """
+    experts_Ern = split_experts(grad, ranks, dim).to(inverse_Err.dtype)
+    return join_experts(inverse_Err @ experts_Ern, ranks, dim).to(grad.dtype).contiguous()
+
+
 def damped_inverses(metrics: Sequence[Tensor], damping: float) -> tuple[list[Tensor], int]:
     """(M + damping I)^-1 for the metrics of many layers, one factorisation per size.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -13,8 +13,13 @@ from ..errors import ConfigError
 from ..lookup import unknown_name_message
 from ..model import find_tuner
 from ..types import GateRescale
-from .groups import parameter_groups
-from .riemannian import RiemannianAdamW, RiemannianSGD
+from .engines import refuse_unsupported_engine
+from .groups import EXPERTS, Group, parameter_groups
+from .in_backward import precondition_in_backward, remove_preconditioning
+from .riemannian import RiemannianAdamW, RiemannianSGD, check_damping
+
+# Set on an adapter's config, no field of it: what this process has settled "auto" to.
+_SETTLED = "_gate_rescale_settled"
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,7 @@ def build_optimizer(
     bias_correction: bool = True,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-6,
+    in_backward: bool = False,
     **base: Any,
 ) -> torch.optim.Optimizer:
     """The optimizer called `name` over everything in `model` that trains.
@@ -63,8 +69,9 @@ def build_optimizer(
     and radamw. An explicit value in an adapter's config wins, with a warning where the name says
     otherwise. A model with plain PEFT LoRA layers is taken as mixtures of one expert each.
 
-    Build it after the adapter is in place and in its final dtype: PEFT and accelerate replace
-    parameters.
+    Build it after the adapter is in place and in its final dtype: PEFT replaces parameters. FSDP2
+    may shard before or after. Building another one for the same model starts over: "auto" is
+    settled anew, and hooks of `in_backward` are taken off.
 
     Args:
         model: a PeftModel (or any module) with MoE-LoRA or LoRA layers.
@@ -82,18 +89,27 @@ def build_optimizer(
         bias_correction: AdamW only; False reproduces the reference code.
         betas: AdamW only.
         eps: AdamW only; added to sqrt(v).
+        in_backward: precondition in the backward (`precondition_in_backward`) and step with torch's
+            own SGD or AdamW, for engines that flatten parameters (DeepSpeed ZeRO, stage 1 and 2).
+            Needs `gate_max_grad_norm=None`, `order="jacobi"` and `bias_correction=True`.
         **base: further options of torch's SGD or AdamW (momentum, fused, foreach, ...).
 
     Returns:
-        A RiemannianSGD or RiemannianAdamW.
+        A RiemannianSGD or RiemannianAdamW; with `in_backward` a torch SGD or AdamW.
 
     Raises:
-        ConfigError: unknown name (nearest offered), nothing to train, or an option out of range.
+        ConfigError: unknown name (nearest offered), nothing to train, an option out of range, or a
+            parallel engine that cannot run it (the message names one that can).
     """
     if name not in OPTIMIZERS:
         raise ConfigError(unknown_name_message("optimizer", name, OPTIMIZERS))
     spec = OPTIMIZERS[name]
+    refuse_unsupported_engine(model, in_backward)
+    if in_backward:
+        _refuse_in_backward(order, gate_max_grad_norm, bias_correction)
+    check_damping(damping)
     _resolve_gate_rescale(model, name, spec.gate_rescale)
+    remove_preconditioning(model)
     groups = parameter_groups(
         model,
         lr=lr,
@@ -101,23 +117,65 @@ def build_optimizer(
         gate_max_grad_norm=gate_max_grad_norm,
         weight_decay=weight_decay,
     )
-    riemannian: dict[str, Any] = {
-        "lr": lr,
-        "damping": damping,
-        "order": order,
-        "scale_compensation": scale_compensation,
-        "lora_plus_ratio": lora_plus_ratio,
-    }
-    if spec.optimizer is RiemannianAdamW:
-        return RiemannianAdamW(
-            groups,
-            **riemannian,
-            bias_correction=bias_correction,
-            betas=tuple(betas),
-            eps=eps,
-            **base,
+    is_adamw = spec.optimizer is RiemannianAdamW
+    if is_adamw:
+        base = {"betas": tuple(betas), "eps": eps, **base}
+    if in_backward:
+        precondition_in_backward(model, damping=damping, scale_compensation=scale_compensation)
+        torch_class: Any = torch.optim.AdamW if is_adamw else torch.optim.SGD
+        return cast(
+            torch.optim.Optimizer,
+            torch_class(_plain_groups(groups, lora_plus_ratio), lr=lr, **base),
         )
-    return RiemannianSGD(groups, **riemannian, **base)
+    if is_adamw:
+        base = {"bias_correction": bias_correction, **base}
+    return spec.optimizer(
+        groups,
+        lr=lr,
+        damping=damping,
+        order=order,
+        scale_compensation=scale_compensation,
+        lora_plus_ratio=lora_plus_ratio,
+        **base,
+    )
+
+
+def _refuse_in_backward(
+    order: str, gate_max_grad_norm: float | None, bias_correction: bool
+) -> None:
+    """What needs an optimizer of ours."""
+    if order != "jacobi":
+        raise ConfigError(
+            f"order={order!r} needs the optimizer's own step, which in_backward does without; set "
+            "order to 'jacobi'."
+        )
+    if gate_max_grad_norm is not None:
+        raise ConfigError(
+            f"gate_max_grad_norm={gate_max_grad_norm!r} needs the optimizer's own step, which "
+            "in_backward does without; set it to None (in optim_args: gate_max_grad_norm=null)."
+        )
+    if not bias_correction:
+        raise ConfigError(
+            "bias_correction=False needs the optimizer's own step, which in_backward does without; "
+            "set it to True."
+        )
+
+
+def _plain_groups(groups: list[Group], lora_plus_ratio: float) -> list[Group]:
+    """The same groups as torch's own optimizers take them: A and B apart, nothing of ours in it."""
+    plain = []
+    for group in groups:
+        common = {"lr": group["lr"], "weight_decay": group["weight_decay"]}
+        if group["role"] == EXPERTS:
+            factors_a, factors_b = group["params"][0::2], group["params"][1::2]
+            rate_b = group["lr"] * lora_plus_ratio
+            plain += [
+                {**common, "params": factors_a},
+                {**common, "params": factors_b, "lr": rate_b},
+            ]
+        else:
+            plain.append({**common, "params": group["params"]})
+    return plain
 
 
 def _resolve_gate_rescale(model: nn.Module, name: str, mode: GateRescale) -> None:
@@ -125,9 +183,12 @@ def _resolve_gate_rescale(model: nn.Module, name: str, mode: GateRescale) -> Non
     if tuner is None:
         return
     for adapter in tuner.active_adapters:
-        chosen = tuner.config_of(adapter).gate_rescale
-        if chosen == "auto":
+        config = tuner.config_of(adapter)
+        chosen = config.gate_rescale
+        # "auto" stays "auto" for a further optimizer, though the config names what was used.
+        if chosen in ("auto", getattr(config, _SETTLED, None)):
             tuner.set_gate_rescale(mode, adapter)
+            setattr(config, _SETTLED, mode)
         elif chosen != mode:
             warnings.warn(
                 f"{name} stands for gate_rescale={mode!r}, but adapter {adapter!r} says "

@@ -19,6 +19,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from ..errors import ConfigError
+from ..layers import MoeLoraLinear
 from ..model import moelora_layers
 from ..types import ExpertPair
 
@@ -29,23 +30,39 @@ OTHER = "other"
 Group = dict[str, Any]
 
 
-def lora_pairs(model: nn.Module) -> list[ExpertPair]:
-    """Trainable (A, B) pairs of PEFT's own LoRA linears, each as a single expert.
+def pairs_of(module: nn.Module) -> list[ExpertPair]:
+    """Trainable (A, B) pairs of one adapted module; PEFT's own LoRA linears hold single experts.
 
     LoRA on embeddings and convolutions has no such pair and trains as an ordinary parameter.
     """
+    if isinstance(module, MoeLoraLinear):
+        return module.expert_pairs()
+    if not isinstance(module, LoraLayer):
+        return []
     pairs = []
-    for module in model.modules():
-        if not isinstance(module, LoraLayer):
+    for adapter in module.lora_A:
+        if adapter not in module.lora_B:
             continue
-        for adapter in module.lora_A:
-            if adapter not in module.lora_B:
-                continue
-            a: Any = module.lora_A[adapter].weight
-            b: Any = module.lora_B[adapter].weight
-            if a.ndim == b.ndim == 2 and a.requires_grad and b.requires_grad:
-                pairs.append(ExpertPair(a, b, (a.shape[0],), module.scaling[adapter]))
+        a: Any = module.lora_A[adapter].weight
+        b: Any = module.lora_B[adapter].weight
+        if a.ndim == b.ndim == 2 and a.requires_grad and b.requires_grad:
+            pairs.append(ExpertPair(a, b, (a.shape[0],), module.scaling[adapter]))
     return pairs
+
+
+def pairs_by_module(model: nn.Module) -> list[tuple[nn.Module, list[ExpertPair]]]:
+    """Every adapted module of `model` with its trainable pairs.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    found = [(module, pairs) for module in model.modules() if (pairs := pairs_of(module))]
+    if not found:
+        raise ConfigError(
+            "The model has no trainable LoRA experts; add an adapter first, for example with "
+            "peft.get_peft_model(model, MoeLoraConfig(...))."
+        )
+    return found
 
 
 def parameter_groups(
@@ -62,14 +79,8 @@ def parameter_groups(
         ConfigError: the model has no trainable experts, or a parameter of a MoE-LoRA layer is in no
             group.
     """
-    layers = moelora_layers(model)
-    pairs = [pair for layer in layers.values() for pair in layer.expert_pairs()] + lora_pairs(model)
-    if not pairs:
-        raise ConfigError(
-            "The model has no trainable LoRA experts; add an adapter first, for example with "
-            "peft.get_peft_model(model, MoeLoraConfig(...))."
-        )
-    gates = [p for layer in layers.values() for p in layer.gate_parameters()]
+    pairs = [pair for _, pairs in pairs_by_module(model) for pair in pairs]
+    gates = [p for layer in moelora_layers(model).values() for p in layer.gate_parameters()]
     experts = [p for pair in pairs for p in (pair.a, pair.b)]
     covered = {id(p) for p in (*experts, *gates)}
     _refuse_uncovered(model, covered)

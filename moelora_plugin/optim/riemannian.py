@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError
-from ..ops.precondition import damped_inverses, gram, join_experts, split_experts
+from ..ops.precondition import apply_inverse, damped_inverses, gram, split_experts
 from .groups import EXPERTS, GATES, Group
+from .sharded import sharded_like, whole
 
 ORDERS = ("jacobi", "gauss_seidel")
 
@@ -23,6 +24,36 @@ ORDERS = ("jacobi", "gauss_seidel")
 # floating point (0.99999^(2^23) is 3e-37), so the stock kernels, fused ones too, run without bias
 # correction; fp32 counts another eight million steps exactly.
 _STEP_WITHOUT_BIAS_CORRECTION = 2.0**23
+
+
+def check_damping(damping: float) -> None:
+    """Refuse a negative damping.
+
+    Raises:
+        ConfigError: it is negative.
+    """
+    if damping < 0:
+        raise ConfigError(f"damping={damping!r} must not be negative.")
+
+
+def warn_of_escalation(escalated: int, damping: float) -> None:
+    """Say how many metrics needed more damping than asked for."""
+    if escalated:
+        warnings.warn(
+            f"{escalated} expert metric(s) were too ill-conditioned for damping={damping:g} and "
+            "got more in this step; raise damping if this persists.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def _refuse_flattened(group: Group) -> None:
+    if len(group["params"]) != 2 * len(group["ranks"]) or any(p.ndim != 2 for p in group["params"]):
+        raise ConfigError(
+            "The engine has flattened the experts' factors, so they have no Riemannian metrics; "
+            "under DeepSpeed ZeRO stage 1 or 2 use build_optimizer(..., in_backward=True), and "
+            "FSDP2 in place of FSDP version 1."
+        )
 
 
 class _Riemannian(torch.optim.Optimizer):
@@ -44,8 +75,7 @@ class _Riemannian(torch.optim.Optimizer):
         for group in self.param_groups:
             if group["order"] not in ORDERS:
                 raise ConfigError(f"order={group['order']!r} must be one of {', '.join(ORDERS)}.")
-            if group["damping"] < 0:
-                raise ConfigError(f"damping={group['damping']!r} must not be negative.")
+            check_damping(group["damping"])
             if group.get("role") == EXPERTS and len(group["params"]) != 2 * len(group["ranks"]):
                 raise ConfigError(
                     f"An experts group holds {len(group['params'])} parameters for "
@@ -65,6 +95,8 @@ class _Riemannian(torch.optim.Optimizer):
         Returns:
             What the closure returned, else None.
         """
+        for group in self._expert_groups():
+            _refuse_flattened(group)  # engines replace parameters after the constructor
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -158,25 +190,19 @@ class _Riemannian(torch.optim.Optimizer):
         learner_dim, partner_dim = (0, 1) if side == "a" else (1, 0)
         active = [i for i, learner in enumerate(learners) if learner.grad is not None]
         metrics = [
-            gram(split_experts(partners[i].detach(), group["ranks"][i], partner_dim))
+            gram(split_experts(whole(partners[i].detach()), group["ranks"][i], partner_dim))
             for i in active
         ]
         inverses, escalated = damped_inverses(metrics, group["damping"])
-        if escalated:
-            warnings.warn(
-                f"{escalated} expert metric(s) were too ill-conditioned for "
-                f"damping={group['damping']:g} and got "
-                "more in this step; raise damping if this persists.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+        warn_of_escalation(escalated, group["damping"])
         for i, inverse in zip(active, inverses, strict=True):
-            learner, ranks = learners[i], group["ranks"][i]
-            grad = split_experts(learner.grad, ranks, learner_dim).to(inverse.dtype)
+            learner = learners[i]
             if group["scale_compensation"]:
                 inverse = inverse / group["scalings"][i] ** 2
-            preconditioned = join_experts(inverse @ grad, ranks, learner_dim)
-            learner.grad = preconditioned.to(learner.dtype).contiguous()
+            preconditioned = apply_inverse(
+                inverse, whole(learner.grad), group["ranks"][i], learner_dim
+            )
+            learner.grad = sharded_like(preconditioned, learner.grad)
 
 
 class RiemannianSGD(_Riemannian, torch.optim.SGD):

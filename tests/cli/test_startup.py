@@ -7,7 +7,10 @@ import sys
 
 import pytest
 
-COMMANDS = ("train", "eval", "export", "demo", "tasks", "presets", "inspect", "doctor")
+COMMANDS = (
+    *("train", "eval", "export", "demo", "init", "tasks", "presets", "inspect"),
+    *("path", "doctor", "launch"),
+)
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "lm_eval", "numpy", "matplotlib")
 

@@ -6,13 +6,13 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import tiny_llama
 from torch import nn
 
 from moelora_plugin import MoeLoraConfig, RiemannianAdamW, RiemannianSGD, build_optimizer
 from moelora_plugin.errors import ConfigError
-from moelora_plugin.model import moelora_layers
+from moelora_plugin.model import find_tuner, moelora_layers
 from moelora_plugin.optim import OPTIMIZERS
 
 
@@ -93,6 +93,24 @@ def test_an_explicit_mode_wins_and_is_pointed_out(name, explicit):
     assert model.peft_config["default"].gate_rescale == explicit
     for layer in moelora_layers(model).values():
         assert layer.moelora_gate_rescale["default"] == explicit
+
+
+def test_auto_is_settled_anew_by_every_optimizer(tmp_path):
+    model = mixture()
+    for name, mode in (("gradamw", "sqrt"), ("rsgd", "none"), ("grsgd", "sqrt")):
+        build_optimizer(model, name)  # warnings are errors here
+        assert model.peft_config["default"].gate_rescale == mode
+        for layer in moelora_layers(model).values():
+            assert layer.moelora_gate_rescale["default"] == mode
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["gate_rescale"] == "sqrt"
+    # What a file or a caller names is explicit.
+    find_tuner(model).set_gate_rescale("exact", "default")
+    with pytest.warns(UserWarning, match="adapter 'default' says 'exact', which is used"):
+        build_optimizer(model, "gradamw")
+    loaded = PeftModel.from_pretrained(tiny_llama(hidden=16), tmp_path, is_trainable=True)
+    with pytest.warns(UserWarning, match="adapter 'default' says 'sqrt', which is used"):
+        build_optimizer(loaded, "radamw")
 
 
 def test_an_explicit_mode_that_the_name_stands_for_needs_no_warning():

@@ -1,0 +1,281 @@
+"""axolotl's plugin: `adapter: moelora`, `moelora: {...}` and `optimizer: gradamw`.
+
+    plugins: [moelora_plugin.integrations.axolotl.MoeLoraPlugin]
+
+axolotl imports the plugin in every process before it validates the config, so it works with the
+entry point switched off as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, get_type_hints
+
+from axolotl.integrations.base import AdapterCapabilities, BasePlugin
+from axolotl.loaders.adapter import find_all_linear_names
+from peft import PeftConfig, PeftModel, get_peft_model
+from pydantic import BaseModel, create_model, model_validator
+from transformers import set_seed
+
+from .. import MoeLoraConfig, autoload
+from ..checkpoint import read_adapter_config, resolve_adapter
+from ..config import PEFT_TYPE
+from ..errors import ConfigError, ExportError
+from ..hf_trainer import optimizer_arguments
+from ..lookup import unknown_name_message
+from ..optim import OPTIMIZERS
+from ..presets import PRESETS
+from .options import adapter_config
+
+ADAPTER = "moelora"
+
+# axolotl's own words for fields of MoeLoraConfig.
+_HOST_WORDS = {
+    "lora_r": "r",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "lora_target_modules": "target_modules",
+    "lora_modules_to_save": "modules_to_save",
+    "peft_layers_to_transform": "layers_to_transform",
+    "peft_layers_pattern": "layers_pattern",
+    "peft_use_rslora": "use_rslora",
+}
+_OWN_WORDS = {ours: theirs for theirs, ours in _HOST_WORDS.items()}
+
+_KERNEL = "the kernel computes plain LoRA layers"
+_QUANTISED = "axolotl quantises the base for adapter lora and qlora only"
+_REWARD = "moelora adapts causal language models here"
+
+# Keys that axolotl reads for its own adapters alone, and would ignore or misapply with ours.
+_REFUSED_WITH_ADAPTER = {
+    "load_in_8bit": _QUANTISED,
+    "load_in_4bit": _QUANTISED,
+    "lora_mlp_kernel": _KERNEL,
+    "lora_qkv_kernel": _KERNEL,
+    "lora_o_kernel": _KERNEL,
+    "lora_embedding_kernel": _KERNEL,
+    "lora_target_parameters": "experts need linear modules; name them in lora_target_modules",
+    "lora_rank_pattern": "every module has the same experts",
+    "lora_alpha_pattern": "every module has the same experts",
+    "lora_on_cpu": "it serves merging, which a routed adapter has not",
+    "peft": "LoftQ initialises plain LoRA; moelora.init names an initialisation of experts",
+    "peft_use_dora": "DoRA needs a single weight update, and a routed adapter is none",
+    "peft_init_lora_weights": "moelora.init names the initialisation of experts",
+    "peft_layer_replication": "it is a feature of plain LoRA",
+    "peft_trainable_token_indices": "use lora_modules_to_save to train embeddings",
+    "relora": "it merges the adapter into the base, and a routed adapter is no weight update",
+    "reward_model": _REWARD,
+    "process_reward_model": _REWARD,
+}
+
+_RATES = "the optimizer takes the model's own groups"
+
+# Keys that make axolotl build the optimizer from parameter groups of its own.
+_REFUSED_WITH_OPTIMIZER = {
+    "loraplus_lr_ratio": "set optim_args: {lora_plus_ratio: ...}",
+    "embedding_lr": _RATES,
+    "embedding_lr_scale": _RATES,
+    "lr_groups": f"{_RATES}; optim_args: {{gate_lr: ...}} sets the routers' rate",
+}
+
+
+class _Options(BaseModel):
+    """Answers an unknown key with the nearest ones."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_keys(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"moelora={data!r} must map names to values.")
+        for key in data:
+            if key not in cls.model_fields:
+                raise ConfigError(unknown_name_message("key of moelora:", key, cls.model_fields))
+        return data
+
+
+def _options_model() -> type[_Options]:
+    """The keys of `moelora:`: MoeLoraConfig's own fields, and `preset`. None means not set."""
+    own = {field.name for field in fields(MoeLoraConfig)} - {f.name for f in fields(PeftConfig)}
+    hints = get_type_hints(MoeLoraConfig)
+    keys: dict[str, Any] = {n: (hints[n] | None, None) for n in sorted(own - {"format_version"})}
+    return create_model("MoeLoraOptions", __base__=_Options, preset=(str | None, None), **keys)
+
+
+MoeLoraOptions = _options_model()
+
+
+class MoeLoraArgs(BaseModel):
+    """What the plugin adds to axolotl's config, and what it refuses in it."""
+
+    moelora: MoeLoraOptions | None = None  # type: ignore[valid-type]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse(cls, data: Any) -> Any:
+        if data.get("adapter") == ADAPTER:
+            _refuse_keys(data, f"adapter: {ADAPTER}", _REFUSED_WITH_ADAPTER)
+            _refuse_uses(data)
+        elif data.get("moelora"):
+            raise ConfigError(f"moelora: needs adapter: {ADAPTER}, got {data.get('adapter')!r}.")
+        if data.get("optimizer") in OPTIMIZERS:
+            _refuse_keys(data, f"optimizer: {data['optimizer']}", _REFUSED_WITH_OPTIMIZER)
+            if isinstance(data.get("optim_args"), Mapping):
+                optimizer_arguments(data["optim_args"])
+        return data
+
+    @model_validator(mode="after")
+    def _try_config(self) -> MoeLoraArgs:
+        config: Any = self  # axolotl's config inherits from this class
+        if config.adapter == ADAPTER:
+            _adapter_config(config)
+        return self
+
+
+class MoeLoraPlugin(BasePlugin):  # type: ignore[misc]
+    """The adapter `moelora` and the names of our optimizers, for axolotl."""
+
+    def register(self, cfg: Any) -> None:
+        """Activate moelora, and say which dropout holds where the file names none.
+
+        axolotl's own validation, which follows, would say 0.
+
+        Raises:
+            AdapterError: `lora_model_dir` holds no adapter.
+        """
+        autoload.activate()
+        if cfg.get("adapter") == ADAPTER and cfg.get("lora_dropout") is None:
+            cfg["lora_dropout"] = _unset_dropout(cfg)
+
+    def get_input_args(self) -> str:
+        """Where axolotl finds the keys that it does not know."""
+        return f"{MoeLoraArgs.__module__}.{MoeLoraArgs.__name__}"
+
+    def get_adapter_capabilities(self) -> list[Any]:
+        """The adapter's name; not LoRA-like, which would build PEFT's LoraConfig."""
+        return [AdapterCapabilities(name=ADAPTER)]
+
+    def load_adapter(
+        self, model: Any, cfg: Any, inference: bool = False, config_only: bool = False
+    ) -> tuple[Any, Any] | None:
+        """The adapted model and its config; None for other adapters.
+
+        Args:
+            model: the base.
+            cfg: axolotl's config; its `lora_model_dir` names an adapter to go on with.
+            inference: leave the adapter frozen.
+            config_only: TRL's trainer adapts the model itself (DPO, IPO, KTO).
+
+        Raises:
+            ConfigError: the config cannot be carried out on this model, or `lora_model_dir` holds
+                another adapter than it asks for.
+            AdapterError: `lora_model_dir` holds no adapter.
+        """
+        if cfg.adapter != ADAPTER:
+            return None
+        config = _adapter_config(cfg, model)
+        if cfg.seed is not None:  # axolotl seeds its trainer, which comes after the experts
+            set_seed(cfg.seed)
+        if config_only:
+            return None, config
+        keywords = {}
+        if cfg.peft_autocast_adapter_dtype is not None:
+            keywords["autocast_adapter_dtype"] = cfg.peft_autocast_adapter_dtype
+        if cfg.lora_model_dir:
+            _refuse_other_adapter(cfg, config)
+            adapted: PeftModel = PeftModel.from_pretrained(
+                model, cfg.lora_model_dir, is_trainable=not inference, **keywords
+            )
+        else:
+            adapted = get_peft_model(model, config, **keywords)
+        if cfg.local_rank == 0:
+            adapted.print_trainable_parameters()
+        return adapted, adapted.peft_config["default"]
+
+
+def _adapter_config(cfg: Any, model: Any = None) -> MoeLoraConfig:
+    """What the file asks for; with a model, its linear modules by name."""
+    words = _words(cfg)
+    if cfg.lora_target_linear:
+        words["target_modules"] = "all-linear"
+        if model is not None:
+            listed = cfg.lora_target_modules or []
+            listed = [listed] if isinstance(listed, str) else listed
+            words["target_modules"] = sorted({*listed, *find_all_linear_names(model)})
+    return adapter_config(_options(cfg), words)
+
+
+def _words(cfg: Any) -> dict[str, Any]:
+    """What is set in axolotl's own words."""
+    words = {ours: getattr(cfg, theirs, None) for theirs, ours in _HOST_WORDS.items()}
+    return {key: value for key, value in words.items() if value not in (None, [])}
+
+
+def _options(cfg: Any) -> dict[str, Any]:
+    """What is set under `moelora:`."""
+    # axolotl keeps dicts of a class of its own, which would end up in adapter_config.json.
+    options = {k: dict(v) if isinstance(v, dict) else v for k, v in dict(cfg.moelora or {}).items()}
+    return {key: value for key, value in options.items() if value is not None}
+
+
+def _unset_dropout(cfg: Any) -> float:
+    """That of the adapter which is gone on with, or else the preset's."""
+    if cfg.get("lora_model_dir"):
+        saved = read_adapter_config(resolve_adapter(cfg["lora_model_dir"]))
+        return float(saved.get("lora_dropout", 0.0))
+    options = cfg.get("moelora")
+    preset = options.get("preset") if isinstance(options, Mapping) else None
+    # An unknown preset is refused by the validation.
+    return adapter_config({"preset": preset if preset in PRESETS else None}).lora_dropout
+
+
+def _refuse_other_adapter(cfg: Any, asked: MoeLoraConfig) -> None:
+    """An adapter that is gone on with keeps its configuration: what is set must agree with it."""
+    folder = cfg.lora_model_dir
+    saved = read_adapter_config(resolve_adapter(folder))
+    if saved.get("peft_type") != PEFT_TYPE:
+        raise ConfigError(
+            f"lora_model_dir={folder!r} holds a {saved.get('peft_type')} adapter, not a mixture of "
+            "experts; set adapter to its own kind."
+        )
+    options = _options(cfg)
+    preset = PRESETS[options["preset"]].overrides if "preset" in options else {}
+    for key in sorted({*preset, *options, *_words(cfg)} & set(saved)):
+        wanted, found = getattr(asked, key), saved[key]
+        if wanted != found and not (key == "gate_rescale" and wanted == "auto"):
+            raise ConfigError(
+                f"{_OWN_WORDS.get(key, f'moelora.{key}')} is {wanted!r}, but the adapter in "
+                f"{folder} was trained with {found!r} and keeps it; remove the key or the preset "
+                "that says so."
+            )
+
+
+def _refuse_keys(data: Mapping[str, Any], with_what: str, reasons: Mapping[str, str]) -> None:
+    for key, reason in reasons.items():
+        if data.get(key):
+            raise ConfigError(f"{key} does not go with {with_what} ({reason}); remove it.")
+
+
+def _refuse_uses(data: Mapping[str, Any]) -> None:
+    options = data.get("moelora") or {}
+    continued = data.get("lora_model_dir")
+    if data.get("merge_lora") and data.get("merge_method") != "legacy":
+        raise ExportError(
+            "axolotl's merge-lora reads plain LoRA files, and a routed adapter is no weight "
+            f"update; write an approximation with `moelora export "
+            f"{continued or data.get('output_dir')} --to merged --strategy mean-gate --out DIR` "
+            "(an adapter of one expert merges with merge_method: legacy)."
+        )
+    if data.get("inference") and not continued:
+        raise ConfigError("lora_model_dir is not set; name the adapter to answer with.")
+    if data.get("rl") in ("dpo", "ipo", "kto") and continued:
+        raise ConfigError(
+            f"axolotl's trainer for rl: {data['rl']} starts a new adapter and would ignore "
+            "lora_model_dir; remove it, or name a base_model that holds the adapter (`moelora "
+            "export`)."
+        )
+    if data.get("sample_packing") and isinstance(options, Mapping) and options.get("aux_losses"):
+        raise ConfigError(
+            "sample_packing does not tell which tokens are padding, which moelora.aux_losses must "
+            "leave out; remove one of the two."
+        )

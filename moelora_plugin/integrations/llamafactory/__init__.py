@@ -1,0 +1,1 @@
+"""LLaMA-Factory: the classic trainers and v1."""

@@ -1,0 +1,57 @@
+"""ms-swift: `--tuner_type moelora`, `--optimizer gradamw` and `--moelora_*` options.
+
+swift has tables for tuners and optimizers, which we fill. Options need more: its command line knows
+only the fields of its argument dataclasses, so a subclass takes the place of the one that all
+training arguments inherit, before they are defined. Only the import hooks are early enough for it;
+where a file given to `--external_plugins` does the work, options come through `model_kwargs`.
+"""
+
+from __future__ import annotations
+
+
+def register() -> None:
+    """All that can be done once swift reads its plugin files.
+
+    Raises:
+        MissingDependencyError: PEFT's or transformers' tables cannot be extended.
+        ConfigError: the command line holds options that swift has no fields for now.
+    """
+    from ... import registration
+    from .arguments import refuse_unreadable_options
+
+    refuse_unreadable_options()
+    registration.register()
+    registration.register_optimizers()
+    registration.register_callbacks()
+    register_tuner()
+    register_optimizers()
+
+
+def register_tuner() -> None:
+    """Make swift know `tuner_type: moelora`."""
+    from swift.tuner_plugin.mapping import tuners_map
+
+    from .arguments import TUNER_TYPE
+    from .tuner import MoeLoraTuner
+
+    tuners_map.setdefault(TUNER_TYPE, MoeLoraTuner)
+
+
+def register_optimizers() -> None:
+    """Make swift know `optimizer: gradamw` and its sisters."""
+    from swift.optimizers.mapping import optimizers_map
+
+    from ...optim import OPTIMIZERS
+    from .optimizers import optimizer_callback
+
+    for name in OPTIMIZERS:
+        optimizers_map.setdefault(name, optimizer_callback(name))
+
+
+def register_options() -> None:
+    """Make swift's training commands read `--moelora_*`."""
+    from swift.arguments import tuner_args
+
+    from .arguments import MoeLoraTunerArguments
+
+    tuner_args.TunerArguments = MoeLoraTunerArguments

@@ -1,0 +1,260 @@
+"""swift's arguments as the options of a MoeLoraConfig."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import MISSING, field, fields, make_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from peft.config import PeftConfig
+from swift.arguments.tuner_args import TunerArguments
+
+from ...checkpoint import CONFIG_FILE, read_adapter_config
+from ...config import PEFT_TYPE, MoeLoraConfig
+from ...errors import ConfigError
+from ...lookup import nearest
+from ...optim import OPTIMIZERS
+from ...presets import PRESETS
+from ..options import adapter_config
+
+TUNER_TYPE = "moelora"
+PREFIX = "moelora_"
+
+# Fields of MoeLoraConfig that swift has arguments of its own for.
+_SWIFT_WORDS = {
+    "r": "lora_rank",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "use_rslora": "use_rslora",
+    "bias": "lora_bias",
+}
+_FROM_THE_MODEL = {"target_modules", "modules_to_save"}
+
+# Arguments of swift's LoRA that this adapter cannot follow, and what to do instead.
+_REFUSED = {
+    "use_dora": "remove it",
+    "target_parameters": "name linear modules in target_modules",
+    "lora_dtype": "remove it",
+    "init_weights": f"remove it, or use {PREFIX}init",
+    "use_swift_lora": "remove it",
+    "tuner_backend": "remove it",
+}
+# The same for our optimizers.
+_REFUSED_BY_OPTIMIZERS = {
+    "lorap_lr_ratio": "use optim_args lora_plus_ratio=...",
+    "use_galore": "remove it",
+    "vit_lr": "remove it",
+    "aligner_lr": "remove it",
+}
+
+
+def _option_types() -> dict[str, Any]:
+    """The options that swift has no arguments for, with types that its parser understands."""
+    inherited = {f.name for f in fields(PeftConfig)}
+    known = {*inherited, *_SWIFT_WORDS, *_FROM_THE_MODEL, "format_version"}
+    hints = get_type_hints(MoeLoraConfig)
+    own = [f.name for f in fields(MoeLoraConfig) if f.name not in known]
+    return {"preset": str | None, **{name: _parser_type(hints[name]) for name in own}}
+
+
+def _parser_type(hint: Any) -> Any:
+    for part in get_args(hint):
+        if get_origin(part) is list:  # a list, or one of its members alone
+            return part | None
+    if get_origin(hint) is dict:
+        return dict | str | None  # JSON on a command line
+    return hint | None
+
+
+OPTION_TYPES = _option_types()
+
+
+class _Checked(TunerArguments):  # type: ignore[misc]
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if _wants_our_optimizer(self):
+            refuse_optimizer_conflicts(self)
+        options = _options(self)
+        if self.tuner_type != TUNER_TYPE:
+            if options:
+                raise ConfigError(
+                    f"{PREFIX}{next(iter(options))} goes with tuner_type {TUNER_TYPE}, not with "
+                    f"{self.tuner_type}; set that or remove it."
+                )
+            return
+        config = moelora_config(self)
+        for folder in (self.resume_from_checkpoint, *self.adapters):
+            if folder:
+                _refuse_other_config(self, config, folder)
+
+
+# What all of swift's training arguments inherit, with our options. Where none is set, it does what
+# swift's own does.
+MoeLoraTunerArguments = make_dataclass(
+    "MoeLoraTunerArguments",
+    [
+        (
+            PREFIX + name,
+            kind,
+            field(
+                default=None, metadata={"help": f"{name} of MoeLoraConfig; the preset's if unset"}
+            ),
+        )
+        for name, kind in OPTION_TYPES.items()
+    ],
+    bases=(_Checked,),
+    namespace={"__module__": __name__},
+)
+
+
+def moelora_config(args: Any, **from_the_model: Any) -> MoeLoraConfig:
+    """The adapter that swift's arguments describe.
+
+    Args:
+        args: swift's training arguments.
+        **from_the_model: fields that only the loaded model tells.
+
+    Raises:
+        ConfigError: an option that is unknown, out of range or not possible with this adapter.
+    """
+    defaults = _defaults()
+    for name, remedy in _REFUSED.items():
+        # swift turns the text "true" into True on its way.
+        if str(getattr(args, name)).lower() != str(defaults[name]).lower():
+            raise ConfigError(f"{name} does not go with tuner_type {TUNER_TYPE}: {remedy}.")
+    words = _set_words(args)
+    if _command_line() is None:  # a default may be what was meant
+        words = {key: getattr(args, name) for key, name in _SWIFT_WORDS.items()}
+    return adapter_config(_options(args), {**words, **from_the_model})
+
+
+def refuse_other_type(folder: str) -> dict[str, Any]:
+    """What stands in a saved adapter's config file; empty where there is none.
+
+    Raises:
+        ConfigError: it is an adapter of another type.
+    """
+    if not (Path(folder) / CONFIG_FILE).is_file():  # swift fails on it in its own words
+        return {}
+    saved = read_adapter_config(Path(folder))
+    if (peft_type := saved.get("peft_type")) != PEFT_TYPE:
+        raise ConfigError(
+            f"{folder} holds a {peft_type} adapter, which cannot go on as a mixture of experts; "
+            "set the tuner_type that it was trained with."
+        )
+    return saved
+
+
+def _refuse_other_config(args: Any, asked: MoeLoraConfig, folder: str) -> None:
+    """An adapter that is trained on keeps its configuration: what is set must agree with it."""
+    saved = refuse_other_type(folder)
+    options, words = _options(args), _set_words(args)
+    preset = PRESETS[options.pop("preset")].overrides if "preset" in options else {}
+    for key in sorted({*preset, *options, *words} & set(saved)):
+        wanted, found = getattr(asked, key), saved[key]
+        if wanted != found and not (key == "gate_rescale" and wanted == "auto"):
+            raise ConfigError(
+                f"{_SWIFT_WORDS.get(key, PREFIX + key)} is {wanted!r}, but {folder} was trained "
+                f"with {found!r} and keeps it; remove the option or the preset that says so."
+            )
+
+
+def _wants_our_optimizer(args: Any) -> bool:
+    return args.optimizer in OPTIMIZERS or getattr(args.optim, "value", args.optim) in OPTIMIZERS
+
+
+def refuse_optimizer_conflicts(args: Any) -> None:
+    """Refuse arguments that ask for another optimizer than ours at the same time.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    for name, remedy in _REFUSED_BY_OPTIMIZERS.items():
+        if getattr(args, name, None):
+            raise ConfigError(f"{name} does not go with moelora's optimizers: {remedy}.")
+
+
+def refuse_unreadable_options() -> None:
+    """Say how to pass options where swift's command line has no fields for them.
+
+    Raises:
+        ConfigError: the command line names one.
+    """
+    from swift.arguments import SftArguments
+
+    if issubclass(SftArguments, MoeLoraTunerArguments):
+        return
+    for word in sys.argv[1:]:
+        name = word.partition("=")[0].removeprefix("--").replace("-", "_")
+        if word.startswith("--") and name.startswith(PREFIX):
+            raise ConfigError(
+                f"--{name} is not known to swift, as moelora's import hooks are off; pass "
+                f"""--model_kwargs '{{"{name}": ...}}', or start with `moelora launch swift ...`."""
+            )
+
+
+def _options(args: Any) -> dict[str, Any]:
+    """Our options by their names in MoeLoraConfig."""
+    options = {
+        key.removeprefix(PREFIX): value
+        for key, value in (args.model_kwargs or {}).items()
+        if key.startswith(PREFIX)
+    }
+    for key in options:
+        if key not in OPTION_TYPES:
+            close = nearest(key, OPTION_TYPES)
+            hint = f"did you mean {' or '.join(PREFIX + c for c in close)}? " if close else ""
+            raise ConfigError(
+                f"model_kwargs has no key {PREFIX}{key}; {hint}valid keys are "
+                f"{', '.join(PREFIX + name for name in OPTION_TYPES)}."
+            )
+    for name in OPTION_TYPES:
+        if (value := getattr(args, PREFIX + name, None)) is not None:
+            options[name] = value
+    return {name: _value(name, value) for name, value in options.items()}
+
+
+def _value(name: str, value: Any) -> Any:
+    """A mapping from the command line is text."""
+    if dict in get_args(OPTION_TYPES[name]) and isinstance(value, str):
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ConfigError(
+                f"""{PREFIX}{name}={value!r} must be JSON, like '{{"switch_lb": 0.001}}'."""
+            ) from error
+    return value
+
+
+def _set_words(args: Any) -> dict[str, Any]:
+    """What was set in swift's words, which its dataclasses do not tell from a default."""
+    named, defaults = _command_line() or set(), _defaults()
+    return {
+        key: getattr(args, name)
+        for key, name in _SWIFT_WORDS.items()
+        if name in named or getattr(args, name) != defaults[name]
+    }
+
+
+def _command_line() -> set[str] | None:
+    """The arguments that the command line names, or the YAML file: swift puts it there.
+
+    None where the arguments come from Python code.
+    """
+    ray = os.environ.get("RAY_SWIFT_ARGS")
+    words = json.loads(ray) if ray else sys.argv[1:]
+    names = {
+        word.partition("=")[0].removeprefix("--").replace("-", "_")
+        for word in words
+        if word.startswith("--")
+    }
+    return names if "tuner_type" in names else None
+
+
+def _defaults() -> dict[str, Any]:
+    from swift.arguments import SftArguments
+
+    return {f.name: f.default for f in fields(SftArguments) if f.default is not MISSING}

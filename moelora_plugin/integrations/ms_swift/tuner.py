@@ -1,0 +1,63 @@
+"""swift's interface to an adapter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import PeftModel, get_peft_model
+from swift.tuner_plugin.base import PeftTuner
+from swift.utils import get_logger
+from torch import nn
+
+from .arguments import moelora_config, refuse_other_type
+
+# As swift's own LoRA has them; what is not here ("embedding") has no PEFT task.
+_TASK_TYPES = {
+    "causal_lm": "CAUSAL_LM",
+    "decision": "CAUSAL_LM",
+    "generative_reranker": "CAUSAL_LM",
+    "reranker": "SEQ_CLS",
+    "seq_cls": "SEQ_CLS",
+}
+
+
+class MoeLoraTuner(PeftTuner):  # type: ignore[misc]
+    """A mixture of LoRA experts; loading is PEFT's own."""
+
+    @staticmethod
+    def prepare_model(args: Any, model: nn.Module) -> PeftModel:
+        """The model with a new adapter.
+
+        Raises:
+            ConfigError: an argument is wrong or does not go with this adapter.
+        """
+        from swift.pipelines.train.tuner import get_modules_to_save, get_target_modules
+
+        config = moelora_config(
+            args,
+            target_modules=get_target_modules(args, model),
+            modules_to_save=get_modules_to_save(args, model, args.task_type) or None,
+        )
+        config.task_type = _TASK_TYPES.get(args.task_type)
+        get_logger().info(f"moelora_config: {config}")
+        return get_peft_model(model, config)
+
+    @staticmethod
+    def from_pretrained(model: nn.Module, model_id: str, **kwargs: Any) -> PeftModel:
+        """The model with a saved adapter.
+
+        Raises:
+            ConfigError: it is an adapter of another type.
+        """
+        refuse_other_type(model_id)
+        loaded: PeftModel = PeftTuner.from_pretrained(model, model_id, **kwargs)
+        return loaded
+
+    @staticmethod
+    def save_pretrained(
+        model: Any, save_directory: str, state_dict: Any = None, **kwargs: Any
+    ) -> None:
+        """Save what trains, from the gathered tensors where swift gathers them."""
+        if isinstance(model, PeftModel):
+            kwargs.setdefault("selected_adapters", ["default"])
+        model.save_pretrained(save_directory, state_dict=state_dict, **kwargs)

@@ -1,0 +1,78 @@
+"""One virtual environment per host, built once and kept in the user's cache.
+
+    python tests/hosts/environments.py                # builds what is missing, prints where
+    python tests/hosts/environments.py axolotl trl
+
+An environment holds exactly the packages of `pins/<name>.txt` and not moelora, so that a host can
+be run with and without it. Its folder carries a digest of everything it was made from: a change of the
+pins makes a new one. `MOELORA_HOSTS_CACHE` names another place than `~/.cache/moelora/hosts`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+PINS = Path(__file__).parent / "pins"
+NAMES = sorted(file.stem for file in PINS.glob("*.txt"))
+
+# LLaMA-Factory imports torchaudio whatever it is asked to do. PyPI's torchaudio and torchvision are
+# built for CUDA only and do not load beside a CPU build of torch; for text, an empty one is enough.
+STUBS = {"llamafactory": ("torchaudio",)}
+
+
+def environment(name: str) -> Path:
+    """The folder of the environment called `name`, built if it is not there."""
+    folder = cache() / f"{name}-{_digest(name)}"
+    if not (folder / "ready").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        _build(name, folder)
+        (folder / "ready").touch()
+    return folder
+
+
+def cache() -> Path:
+    """Where the environments lie."""
+    chosen = os.environ.get("MOELORA_HOSTS_CACHE")
+    if chosen:
+        return Path(chosen)
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "moelora" / "hosts"
+
+
+def _digest(name: str) -> str:
+    made_from = [
+        (PINS / f"{name}.txt").read_text(),
+        platform.python_version(),
+        str(STUBS.get(name)),
+    ]
+    return hashlib.sha256("\n".join(made_from).encode()).hexdigest()[:12]
+
+
+def _build(name: str, folder: Path) -> None:
+    print(f"Building the environment of {name} in {folder}", flush=True)
+    pins = (PINS / f"{name}.txt").read_text().splitlines()
+    venv.create(folder, with_pip=True)
+    python = folder / "bin" / "python"
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    # torch first and alone: a machine may offer a build of its own. The rest is a complete list, so
+    # nothing is resolved and nothing can pull another torch in.
+    torch = next(pin for pin in pins if pin.startswith("torch=="))
+    subprocess.run([*pip, torch], check=True)
+    subprocess.run([*pip, "--no-deps", "-r", str(PINS / f"{name}.txt")], check=True)
+    site = folder / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}"
+    for stub in STUBS.get(name, ()):
+        package = site / "site-packages" / stub
+        package.mkdir()
+        (package / "__init__.py").write_text('"""Empty: see tests/hosts/environments.py."""\n')
+
+
+if __name__ == "__main__":
+    for _name in sys.argv[1:] or NAMES:
+        print(_name, environment(_name), flush=True)

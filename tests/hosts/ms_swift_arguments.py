@@ -1,0 +1,35 @@
+"""What swift's parser makes of command lines, and of keywords from Python code.
+
+python ms_swift_arguments.py cases.json answers.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from swift.arguments import SftArguments
+from swift.utils import parse_args
+
+from moelora_plugin.integrations.ms_swift.arguments import moelora_config
+
+
+def answer(case):
+    """The adapter's config, or the error's class and message."""
+    sys.argv = ["sft.py", *case.get("argv", [])]
+    try:
+        if "keywords" in case:
+            args = SftArguments(**case["keywords"])
+        else:
+            args, left = parse_args(SftArguments)
+            assert not left, left
+        return moelora_config(args).to_dict()
+    except Exception as error:
+        return {"error": type(error).__name__, "message": str(error)}
+
+
+if __name__ == "__main__":
+    cases, answers = map(Path, sys.argv[1:])
+    found = [answer(case) for case in json.loads(cases.read_text())]
+    answers.write_text(json.dumps(found))

@@ -1,0 +1,442 @@
+"""axolotl: its own commands on a tiny model, with numbers as the judges."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+from string import Template
+
+import pytest
+import torch
+import yaml
+from datasets import load_from_disk
+from host_runs import (
+    adapter_tensors,
+    assert_same_tensors,
+    assert_trained_adapter,
+    losses,
+    reload,
+    reload_logits,
+)
+from peft import LoraConfig, get_peft_model
+from tiny import tiny_llama
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+PLUGIN = "moelora_plugin.integrations.axolotl.MoeLoraPlugin"
+TEMPLATE = Path(__file__).parents[2] / "moelora_plugin/integrations/templates/axolotl.yaml"
+AUX = {"switch_lb": "1e-2", "z": 0.02}  # YAML 1.1 takes 1e-2 for text
+MODULES = 4  # q_proj and down_proj of two layers
+
+# One process per rank on the CPU: axolotl gives each rank an accelerator unless it is told what
+# memory there is, and accelerate looks for one unless it is told not to.
+ON_CPU = {"max_memory": {"cpu": "4GiB"}}
+TWO = ("--launcher", "torchrun", "--", "--nproc_per_node=2")
+USE_CPU = {"ACCELERATE_USE_CPU": "true"}
+NO_ENTRY_POINT = {"MOELORA_AUTOLOAD": "0"}
+ONE = ("--launcher", "python")  # without accelerate's launcher: a start less
+
+# The auxiliary losses added to the loss itself, token by token over what is no padding.
+BY_HAND = """
+from axolotl.integrations.base import BasePlugin
+
+COEFFICIENTS = {"switch_lb": 1e-2, "z": 0.02}
+
+
+def by_hand(name, routing, real):
+    tokens = [t for t in range(len(real)) if real[t]]
+    if name == "z":
+        return sum(routing.logits[t].exp().sum().log() ** 2 for t in tokens) / len(tokens)
+    total = 0.0
+    for e in range(routing.probs.shape[-1]):
+        share = sum(float(routing.weights[t, e] > 0) for t in tokens) / len(tokens)
+        total = total + share * sum(routing.probs[t, e] for t in tokens) / len(tokens)
+    return routing.probs.shape[-1] * total
+
+
+class AddedByHand(BasePlugin):
+    def post_trainer_create(self, cfg, trainer):
+        from moelora_plugin.model import moelora_layers
+
+        routings = {}
+        for name, layer in moelora_layers(trainer.model).items():
+            layer.moelora_router["default"].register_forward_hook(
+                lambda module, args, routing, name=name: routings.__setitem__(name, routing)
+            )
+        compute_loss = trainer.compute_loss
+
+        def with_summands(model, inputs, *args, **kwargs):
+            real = inputs["attention_mask"].bool().flatten()
+            assert not real.all()
+            loss = compute_loss(model, inputs, *args, **kwargs)
+            summands = [
+                coefficient * by_hand(name, routing, real)
+                for name, coefficient in COEFFICIENTS.items()
+                for routing in routings.values()
+            ]
+            return loss + sum(summands) / len(routings)
+
+        trainer.compute_loss = with_summands
+"""
+
+# Each setting and what the answer must name. One process tries them all.
+REFUSED = [
+    ({"load_in_8bit": True}, "load_in_8bit"),
+    ({"load_in_4bit": True}, "load_in_4bit"),
+    ({"peft_use_dora": True}, "peft_use_dora"),
+    ({"lora_qkv_kernel": True}, "lora_qkv_kernel"),
+    ({"lora_mlp_kernel": True}, "lora_mlp_kernel"),
+    ({"relora": True, "jagged_restart_steps": 2}, "relora"),
+    ({"lora_rank_pattern": {"q_proj": 8}}, "lora_rank_pattern"),
+    ({"loraplus_lr_ratio": 4.0}, "lora_plus_ratio"),
+    ({"lr_groups": [{"name": "a", "modules": ["q_proj"], "lr": 1e-3}]}, "gate_lr"),
+    ({"optim_args": {"dampnig": 1e-3}}, "'damping'"),
+    ({"optim_args": {"eps": 1e-3}}, "adam_epsilon"),
+    ({"moelora": {"num_exprts": 3}}, "'num_experts'"),
+    ({"moelora": {"preset": "gr_moe"}}, "'gr_moe_lora'"),
+    ({"moelora": {"num_experts": 4, "top_k": 5}}, "top_k=5"),
+    ({"moelora": ["num_experts"]}, "must map names to values"),
+    ({"adapter": "lora"}, "needs adapter: moelora"),
+    ({"sample_packing": True, "moelora": {"aux_losses": {"z": 0.1}}}, "sample_packing"),
+    ({"rl": "dpo", "lora_model_dir": "somewhere"}, "lora_model_dir"),
+    ({"inference": True}, "lora_model_dir"),
+]
+TRY_ALL = """
+import json, sys, yaml
+from axolotl.cli.config import load_cfg
+
+base = yaml.safe_load(open(sys.argv[1]))
+answers = []
+for changes in json.load(open(sys.argv[2])):
+    with open("tried.yaml", "w") as file:
+        yaml.safe_dump({**base, **changes}, file)
+    try:
+        load_cfg("tried.yaml")
+        answers.append("accepted")
+    except Exception as error:
+        answers.append(str(error))
+json.dump(answers, open("answers.json", "w"))
+"""
+
+
+class Runs:
+    """Writes configs into one folder and runs axolotl's commands on them."""
+
+    def __init__(self, host, model_dir: Path, sft_file: Path, dpo_file: Path, folder: Path):
+        self.host, self.model_dir, self.folder = host, model_dir, folder
+        self.sft_file, self.dpo_file = sft_file, dpo_file
+
+    def config(self, name: str, moelora=None, **changes) -> Path:
+        content = {
+            "base_model": str(self.model_dir),
+            "plugins": [PLUGIN],
+            "adapter": "moelora",
+            "lora_r": 2,
+            "lora_alpha": 4,
+            "lora_dropout": 0.0,
+            "lora_target_modules": ["q_proj", "down_proj"],
+            "moelora": {"num_experts": 4, "top_k": 2, **(moelora or {})},
+            "optimizer": "gradamw",
+            "optim_args": {"gate_lr": 1e-3, "damping": 1e-6},
+            "datasets": [
+                {
+                    "path": str(self.sft_file),
+                    "ds_type": "json",
+                    "type": {
+                        "field_instruction": "prompt",
+                        "field_output": "completion",
+                        "format": "{instruction}",
+                        "no_input_format": "{instruction}",
+                    },
+                }
+            ],
+            "dataset_prepared_path": str(self.folder / "prepared"),
+            "val_set_size": 0,
+            "sequence_len": 128,
+            "micro_batch_size": 2,
+            "gradient_accumulation_steps": 1,
+            "num_epochs": 4,
+            "max_steps": 6,
+            "save_steps": 3,
+            "logging_steps": 1,
+            "learning_rate": 1e-2,
+            "lr_scheduler": "constant",
+            "bf16": False,
+            "tf32": False,
+            "gradient_checkpointing": False,
+            "seed": 7,
+            "output_dir": str(self.folder / name),
+            **changes,
+        }
+        file = self.folder / f"{name}.yaml"
+        content = {key: value for key, value in content.items() if value is not None}
+        file.write_text(yaml.safe_dump(content))
+        return file
+
+    def train(self, name: str, *arguments: str, env=None, installed=True, **changes) -> Path:
+        """Train and return the output folder."""
+        file = self.config(name, **changes)
+        self.host.run(
+            "axolotl",
+            "train",
+            str(file),
+            *(arguments or ONE),
+            env=env,
+            moelora=installed,
+            cwd=self.folder,
+        )
+        return self.folder / name
+
+    def dpo(self, name: str, **changes) -> Path:
+        fields = {f"field_{key}": key for key in ("prompt", "chosen", "rejected")}
+        rows = {"path": str(self.dpo_file), "ds_type": "json", "split": "train", "type": fields}
+        return self.train(
+            name,
+            rl="dpo",
+            datasets=[rows],
+            max_steps=4,
+            save_steps=2,
+            env=NO_ENTRY_POINT,
+            **changes,
+        )
+
+
+@pytest.fixture(scope="module")
+def runs(axolotl, model_dir, sft_file, dpo_file, tmp_path_factory):
+    return Runs(axolotl, model_dir, sft_file, dpo_file, tmp_path_factory.mktemp("axolotl-runs"))
+
+
+@pytest.fixture(scope="module")
+def plain(runs):
+    """By the default launcher, without auxiliary losses, with dropout."""
+    return runs.train("plain", "--launcher", "accelerate", lora_dropout=0.1)
+
+
+@pytest.fixture(scope="module")
+def accumulated(runs):
+    """With auxiliary losses, two micro-batches an update."""
+    return runs.train("accumulated", moelora={"aux_losses": AUX}, gradient_accumulation_steps=2)
+
+
+@pytest.fixture(scope="module")
+def preferred(runs):
+    """DPO."""
+    return runs.dpo("preferred", lora_dropout=0.1)
+
+
+def test_trains_and_saves_a_whole_adapter(plain, model_dir):
+    assert len(losses(plain)) == 6
+    assert all(math.isfinite(loss) for loss in losses(plain))
+    assert_trained_adapter(plain, "sqrt", MODULES)
+    assert reload_logits(plain, model_dir).isfinite().all()
+
+
+def test_resumes_exactly(runs, plain):
+    resumed = runs.train(
+        "resumed", lora_dropout=0.1, resume_from_checkpoint=str(plain / "checkpoint-3")
+    )
+    assert not (resumed / "checkpoint-3").exists()  # it did not start over
+    assert losses(resumed) == losses(plain)
+    assert_same_tensors(resumed, plain)
+
+
+def test_two_processes_train_as_one_that_accumulates(runs, accumulated):
+    # The same rows meet in each update. Checkpointing recomputes the layers; the workers find the
+    # adapter through the plugin alone.
+    two = runs.train(
+        "two",
+        *TWO,
+        moelora={"aux_losses": AUX},
+        gradient_checkpointing=True,
+        env={**USE_CPU, **NO_ENTRY_POINT},
+        **ON_CPU,
+    )
+    # fp32 gradients summed by gloo and by autograd, in another order.
+    assert losses(two) == pytest.approx(losses(accumulated), rel=1e-5)
+    assert_same_tensors(two, accumulated, rtol=1e-4)
+
+
+def test_aux_losses_train_as_if_added_to_the_loss_by_hand(runs, accumulated):
+    (runs.folder / "by_hand.py").write_text(BY_HAND)
+    by_hand = runs.train(
+        "by_hand",
+        plugins=[PLUGIN, "by_hand.AddedByHand"],
+        gradient_accumulation_steps=2,
+        env={"PYTHONPATH": f"{runs.host.moelora}{os.pathsep}{runs.folder}"},
+    )
+    # Sums over tokens in another order, and Adam divides small gradients by themselves.
+    assert_same_tensors(by_hand, accumulated, rtol=1e-3)
+    balance, z = losses(accumulated, "aux_switch_lb"), losses(accumulated, "aux_z")
+    assert len(balance) == len(z) == 6
+    assert all(1.9 < value < 4.0 for value in balance)  # top_k where balanced, num_experts at most
+    added = torch.tensor(losses(by_hand)) - torch.tensor(losses(accumulated))
+    logged = 1e-2 * torch.tensor(balance) + 0.02 * torch.tensor(z)
+    # What is logged is the last micro-batch's, what was added the mean of two.
+    torch.testing.assert_close(added, logged, rtol=0.1, atol=0)
+
+
+def test_continues_from_an_adapter(runs, accumulated, model_dir):
+    # One update over all sixteen rows, so that the logged loss is theirs before any step.
+    continued = runs.train(
+        "continued",
+        lora_model_dir=str(accumulated),
+        moelora={"aux_losses": AUX},
+        gradient_accumulation_steps=8,
+        max_steps=1,
+        save_steps=1,
+    )
+    model, tokenizer = reload(accumulated, model_dir), AutoTokenizer.from_pretrained(model_dir)
+    batches = [json.loads(line) for line in runs.sft_file.read_text().splitlines()]
+    rows = []
+    for row in batches:
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        answer = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
+        ids = torch.tensor([[*prompt, *answer, tokenizer.eos_token_id]])
+        labels = ids.clone()
+        labels[:, : len(prompt)] = -100
+        with torch.no_grad():
+            rows.append((float(model(ids, labels=labels).loss), len(answer)))
+    assert len({length for _, length in rows}) == 1  # else rows would weigh differently
+    expected = sum(loss for loss, _ in rows) / len(rows)
+    # fp32 logits of padded and unpadded batches.
+    assert losses(continued) == pytest.approx([expected], rel=1e-5)
+    before, after = adapter_tensors(accumulated), adapter_tensors(continued)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_continued_adapter_keeps_its_configuration(runs, accumulated):
+    file = runs.config("other", lora_model_dir=str(accumulated), lora_r=8)
+    done = runs.host.run("axolotl", "train", str(file), *ONE, cwd=runs.folder, check=False)
+    assert done.returncode != 0
+    assert f"lora_r is 8, but the adapter in {accumulated} was trained with 2" in done.stderr
+
+
+def test_dpo_trains_and_resumes_exactly(runs, preferred, model_dir):
+    assert losses(preferred)[0] == pytest.approx(math.log(2), rel=1e-6)  # B is zero at first
+    assert len(set(losses(preferred))) == 4
+    assert_trained_adapter(preferred, "sqrt", MODULES)
+    assert reload_logits(preferred, model_dir).isfinite().all()
+    resumed = runs.dpo(
+        "preferred_resumed",
+        lora_dropout=0.1,
+        resume_from_checkpoint=str(preferred / "checkpoint-2"),
+    )
+    assert not (resumed / "checkpoint-2").exists()
+    assert losses(resumed) == losses(preferred)
+    assert_same_tensors(resumed, preferred)
+
+
+def test_inference_answers_with_the_adapter_unmerged(runs, plain, model_dir, tmp_path):
+    # axolotl samples; with logits a hundred times as far apart the first token always wins.
+    sharp = tmp_path / "sharp"
+    shutil.copytree(model_dir, sharp)
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    model.lm_head.weight.data *= 100
+    model.save_pretrained(sharp)
+    prompt = "Sentence: the film is number 3. The correct answer is"
+    done = runs.host.run(
+        "axolotl",
+        "inference",
+        str(runs.config("inference", base_model=str(sharp), lora_dropout=0.1)),
+        *ONE,
+        "--lora-model-dir",
+        str(plain),
+        cwd=runs.folder,
+        stdin=prompt,
+    )
+    adapted, tokenizer = reload(plain, sharp), AutoTokenizer.from_pretrained(sharp)
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    greedy = {"do_sample": False, "repetition_penalty": 1.1, "max_new_tokens": 12}
+
+    def answer() -> str:
+        tokens = adapted.generate(input_ids=ids, attention_mask=ids.ne(-1), **greedy)
+        return tokenizer.decode(tokens[0])
+
+    with adapted.disable_adapter():
+        assert answer() not in done.stdout
+    assert answer() in done.stdout
+
+
+def test_merge_names_the_export(runs, plain):
+    done = runs.host.run(
+        "axolotl", "merge-lora", str(runs.folder / "plain.yaml"), cwd=runs.folder, check=False
+    )
+    assert done.returncode != 0
+    assert f"`moelora export {plain} --to merged" in done.stderr
+    assert not (plain / "merged").exists()
+
+
+def test_refuses_in_a_sentence_what_does_not_fit(runs):
+    (runs.folder / "try_all.py").write_text(TRY_ALL)
+    changes = [change for change, _ in REFUSED]
+    (runs.folder / "changes.json").write_text(json.dumps([*changes, {}]))
+    base = str(runs.config("refused"))
+    runs.host.run("python", "try_all.py", base, "changes.json", cwd=runs.folder)
+    *answers, untouched = json.loads((runs.folder / "answers.json").read_text())
+    for (change, named), answer in zip(REFUSED, answers, strict=True):
+        assert answer.startswith("1 validation error"), (change, answer)
+        assert named in answer, (change, answer)
+    assert untouched == "accepted"
+
+
+def test_plain_lora_is_untouched(runs, model_dir):
+    # axolotl initialises LoRA without a seed: both runs go on from one adapter.
+    start = runs.folder / "lora_start"
+    torch.manual_seed(0)
+    modules = ["q_proj", "down_proj"]
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=modules, task_type="CAUSAL_LM")
+    get_peft_model(tiny_llama(), config).save_pretrained(start)
+    words = {
+        "plugins": None,
+        "adapter": "lora",
+        "optimizer": "adamw_torch",
+        "optim_args": None,
+        "lora_model_dir": str(start),
+        "lora_dropout": 0.1,
+    }
+    folders = []
+    for installed in (False, True):
+        name = f"lora_{installed}"
+        file = runs.config(name, **words)
+        content = yaml.safe_load(file.read_text())
+        del content["moelora"]
+        file.write_text(yaml.safe_dump(content))
+        runs.host.run("axolotl", "train", str(file), *ONE, moelora=installed, cwd=runs.folder)
+        folders.append(runs.folder / name)
+    without, with_moelora = folders
+    assert len(losses(without)) == 6
+    assert losses(with_moelora) == losses(without)
+    assert_same_tensors(with_moelora, without)
+
+
+def test_the_template_trains_on_the_prompt_and_the_completion_as_they_are(runs):
+    folder = runs.folder / "template"
+    folder.mkdir()
+    text = Template(TEMPLATE.read_text()).substitute(
+        model=runs.model_dir,
+        preset="gr_moe_lora",
+        optimizer="gradamw",
+        data=runs.sft_file,
+        output_dir="output",
+        target_modules="[q_proj, down_proj]",
+    )
+    (folder / "axolotl.yaml").write_text(text)
+    runs.host.run("axolotl", "train", "axolotl.yaml", *ONE, "--max-steps", "2", cwd=folder)
+    assert_trained_adapter(folder / "output", "sqrt", MODULES)
+
+    tokenizer = AutoTokenizer.from_pretrained(runs.model_dir)
+    expected = set()
+    for line in runs.sft_file.read_text().splitlines():
+        row = json.loads(line)
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        answer = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
+        expected.add((tuple(prompt), (*answer, tokenizer.eos_token_id)))
+    found = set()
+    (state,) = (folder / "output" / "prepared").glob("*/state.json")
+    for row in load_from_disk(str(state.parent)):
+        ignored = row["labels"].count(-100)
+        assert row["labels"][ignored:] == row["input_ids"][ignored:]
+        found.add((tuple(row["input_ids"][:ignored]), tuple(row["input_ids"][ignored:])))
+    assert found == expected
