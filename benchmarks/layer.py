@@ -66,8 +66,8 @@ def candidates(width: int) -> dict[str, nn.Module | Callable[[torch.Tensor], tor
         gates = layer.moelora_router["default"](flat).weights
         return layer.base_layer(x) + moe_lora_loop(
             flat,
-            layer.moelora_A["default"],
-            layer.moelora_B["default"],
+            layer.moelora_A["default"].weight,
+            layer.moelora_B["default"].weight,
             gates,
             layer.moelora_plan["default"].ranks,
             layer.moelora_scaling["default"],

@@ -71,6 +71,8 @@ class MoeLoraConfig(PeftConfig):
         layers_to_transform: layer indexes to adapt; needs `target_modules` as a list.
         layers_pattern: name of the layer list where it is not a common one.
         modules_to_save: further modules to train and save whole.
+        trainable_token_indices: rows of the input embedding to train, or those of embeddings by
+            name, as in PEFT's LoraConfig.
         bias: "none", "all" or "moelora_only": which of the base's biases train.
         router: name of the router ("topk"), an entry point of `moelora.routers` or a dotted path.
         expert: name of the expert kind ("lora").
@@ -101,6 +103,7 @@ class MoeLoraConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     bias: str = "none"
     router: str = "topk"
     expert: str = "lora"

@@ -54,11 +54,18 @@ class OptimizerFactory:
         return build_optimizer(model, **keywords)
 
 
-def optimizer_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
+def optimizer_arguments(
+    options: Mapping[str, Any],
+    *,
+    source: str = "optim_args",
+    set_by: Mapping[str, str] = _SET_BY,
+) -> dict[str, Any]:
     """A host's options as keyword arguments of `build_optimizer`, numbers and booleans read.
 
     Args:
         options: values as the host has them, strings from `optim_args` among them.
+        source: the host's key that holds them, for errors.
+        set_by: parameters that the host has keys of its own for -> those keys.
 
     Raises:
         ConfigError: an unknown key (the nearest is offered), or one that has a key of its own.
@@ -67,23 +74,27 @@ def optimizer_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
     known = [
         key
         for key, parameter in parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY and key not in _SET_BY
+        if parameter.kind is parameter.KEYWORD_ONLY and key not in set_by
     ]
     for key in options:
-        if key in _SET_BY:
-            raise ConfigError(f"optim_args: {key} is set by {_SET_BY[key]}; remove it.")
+        if key in set_by:
+            raise ConfigError(f"{source}: {key} is set by {set_by[key]}; remove it.")
         if key not in known:
             close = nearest(key, known)
             hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
             raise ConfigError(
-                f"optim_args has no key {key!r}; {hint}valid keys are {', '.join(sorted(known))}."
+                f"{source} has no key {key!r}; {hint}valid keys are {', '.join(sorted(known))}."
             )
-    return {key: _value(key, value, parameters[key].default) for key, value in options.items()}
+    return {
+        key: _value(source, key, value, parameters[key].default) for key, value in options.items()
+    }
 
 
-def _value(key: str, text: Any, default: Any) -> Any:
+def _value(source: str, key: str, text: Any, default: Any) -> Any:
     """A string as the type of the parameter's default."""
     value = yaml.safe_load(text) if isinstance(text, str) else text
+    if value in ("None", "none"):  # axolotl writes a YAML null as Python does
+        value = None
     if isinstance(default, bool | str):
         right = isinstance(value, type(default))
     else:
@@ -96,5 +107,5 @@ def _value(key: str, text: Any, default: Any) -> Any:
         right = right or (value is None and key == "gate_max_grad_norm")
     if not right:
         kind = {bool: "true or false", str: "a word"}.get(type(default), "a number")
-        raise ConfigError(f"optim_args: {key}={text!r} must be {kind}.")
+        raise ConfigError(f"{source}: {key}={text!r} must be {kind}.")
     return value

@@ -73,7 +73,7 @@ def register_callbacks() -> None:
     """Give every transformers Trainer what our optimizers and auxiliary losses need of it."""
     from transformers import trainer
 
-    from .aux_loss_callback import AuxLossCallback, OptimizerCallback
+    from .trainer_callbacks import AuxLossCallback, OptimizerCallback
 
     callbacks: list[Any] = trainer.DEFAULT_CALLBACKS
     callbacks += [c for c in (AuxLossCallback, OptimizerCallback) if c not in callbacks]

@@ -98,7 +98,7 @@ ORDERS = {
     "Trainer, ours": "from transformers import Trainer; import moelora_plugin, peft",
     # Imports transformers.training_args while it is half imported itself.
     "our callback, Trainer": (
-        "import moelora_plugin.aux_loss_callback; from transformers import Trainer; import peft"
+        "import moelora_plugin.trainer_callbacks; from transformers import Trainer; import peft"
     ),
     "switched off, a public name after Trainer": (
         "import os; os.environ['MOELORA_AUTOLOAD'] = '0'\n"

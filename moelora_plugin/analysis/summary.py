@@ -129,7 +129,7 @@ def inspect_adapter(path: Path | str) -> AdapterSummary:
             module, found, parameter = key.partition(".moelora_")
             if not found:
                 continue
-            if parameter == "A":
+            if parameter == "A.weight":
                 modules[module.rpartition(".")[2]] += 1
             if parameter.startswith("router"):
                 routers += size

@@ -155,20 +155,21 @@ def write_config(
         "data": _ROWS_FILE if data is None else Path(data).absolute().as_posix(),
         "output_dir": _OUTPUT,
         "target_modules": chosen.modules,
+        "task": "NAMES",
     }
-    texts = {
-        file: Template((_TEMPLATES / template).read_text(encoding="utf-8")).substitute(values)
-        for file, template in chosen.files.items()
-    }
-    evaluate = f"moelora eval --adapter {chosen.adapter} --compare-base --tasks"
+    texts = {}
     if data is not None:
         _check_rows(Path(data), chosen)
-        rows, evaluate = str(data), f"{evaluate} NAMES"
+        rows = str(data)
     else:
         shown, docs, origin = _docs(task, data_dir)
         lines = [json.dumps(row, ensure_ascii=False) for row in _rows(shown, docs, chosen)]
         texts[_ROWS_FILE] = "\n".join(lines) + "\n"
-        rows, evaluate = f"{len(lines)} rows of {origin}", f"{evaluate} {shown.name}"
+        rows, values["task"] = f"{len(lines)} rows of {origin}", shown.name
+    for file, template in chosen.files.items():
+        text = (_TEMPLATES / template).read_text(encoding="utf-8")
+        texts[file] = Template(text).substitute(values)
+    evaluate = f"moelora eval --adapter {chosen.adapter} --compare-base --tasks {values['task']}"
     if data_dir is not None:
         evaluate += f" --data-dir {Path(data_dir).absolute()}"
     _write(folder, texts)

@@ -27,6 +27,17 @@ from .aux_loss import AuxLosses, WeightedLoss, weighted_losses
 _NOT_LINEAR = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
 
 
+class Factor(nn.Module):
+    """A parameter as a module, so that its name has the adapter between dots, as PEFT's own have.
+
+    TRL finds the parameters of an adapter by ".default." where it makes a copy as the reference.
+    """
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape))
+
+
 class MoeLoraLinear(nn.Module, BaseTunerLayer):
     """base(x) + s * sum_i g_i(x) B_i A_i dropout(x)     (arXiv 2502.15828, eq. 8).
 
@@ -60,8 +71,8 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.aux_losses = aux_losses
         self.in_features, self.out_features = _features(self.get_base_layer())
-        self.moelora_A = nn.ParameterDict()
-        self.moelora_B = nn.ParameterDict()
+        self.moelora_A = nn.ModuleDict()
+        self.moelora_B = nn.ModuleDict()
         self.moelora_router = nn.ModuleDict()
         self.moelora_dropout = nn.ModuleDict()
         self.moelora_plan: dict[str, LayerPlan] = {}
@@ -94,8 +105,8 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
             GateRescaleScope, config.gate_rescale_scope
         )
         self.moelora_aux_losses[adapter_name] = weighted_losses(config.aux_losses)
-        self.moelora_A[adapter_name] = nn.Parameter(torch.empty(a_shape))
-        self.moelora_B[adapter_name] = nn.Parameter(torch.empty(b_shape))
+        self.moelora_A[adapter_name] = Factor(a_shape)
+        self.moelora_B[adapter_name] = Factor(b_shape)
         self.moelora_router[adapter_name] = lookup("routers", config.router, ROUTERS)(
             self.in_features, plan
         )
@@ -103,7 +114,7 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
             nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         )
         initialize = lookup("initializations", config.init, INITIALIZATIONS)
-        initialize(self.moelora_A[adapter_name], self.moelora_B[adapter_name])
+        initialize(*self.factors(adapter_name))
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -122,7 +133,7 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
 
     def update(self, x: Tensor, adapter: str = "default") -> Tensor:
         """One adapter's update s * sum_i g_i(x) B_i A_i dropout(x): (..., in) to (..., out)."""
-        a, b = self.moelora_A[adapter], self.moelora_B[adapter]
+        a, b = self.factors(adapter)
         x_TI = self._cast_input_dtype(x, a.dtype).reshape(-1, self.in_features)
         routing = self._router(adapter)(x_TI)
         if self.record_routing:
@@ -144,14 +155,18 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
             )
         return update_TO.view(*x.shape[:-1], self.out_features)
 
+    def factors(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """The adapter's stacked experts: A (R, in) and B (out, R)."""
+        a, b = self.moelora_A[adapter], self.moelora_B[adapter]
+        return cast(Factor, a).weight, cast(Factor, b).weight
+
     def _router(self, adapter: str) -> Router:
         return cast(Router, self.moelora_router[adapter])
 
     def expert_weights(self, adapter: str = "default") -> list[tuple[Tensor, Tensor]]:
         """One (A_i (r_i, in), B_i (out, r_i)) per expert: writable views without gradient."""
         return self.moelora_expert[adapter].split(
-            self.moelora_A[adapter].detach(),
-            self.moelora_B[adapter].detach(),
+            *(factor.detach() for factor in self.factors(adapter)),
             self.moelora_plan[adapter],
         )
 
@@ -162,14 +177,9 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
     def expert_pairs(self) -> list[ExpertPair]:
         """The trainable (A, B) pairs, as the optimizers take them."""
         return [
-            ExpertPair(
-                self.moelora_A[adapter],
-                self.moelora_B[adapter],
-                plan.ranks,
-                self.moelora_scaling[adapter],
-            )
+            ExpertPair(*self.factors(adapter), plan.ranks, self.moelora_scaling[adapter])
             for adapter, plan in self.moelora_plan.items()
-            if self.moelora_A[adapter].requires_grad and self.moelora_B[adapter].requires_grad
+            if all(factor.requires_grad for factor in self.factors(adapter))
         ]
 
     def gate_parameters(self) -> list[nn.Parameter]:
@@ -220,8 +230,7 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
                 "--strategy mean-gate --out DIR`."
             )
         update_OI = self.moelora_expert[adapter].static_update(
-            self.moelora_A[adapter].detach(),
-            self.moelora_B[adapter].detach(),
+            *(factor.detach() for factor in self.factors(adapter)),
             weights_E.detach(),
             self.moelora_plan[adapter],
             self.moelora_scaling[adapter],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 from typing import Any, cast
@@ -107,6 +108,9 @@ def build_optimizer(
     refuse_unsupported_engine(model, in_backward)
     if in_backward:
         _refuse_in_backward(order, gate_max_grad_norm, bias_correction)
+    for key, rate in (("lr", lr), ("gate_lr", gate_lr)):
+        if not 0 <= rate < math.inf:
+            raise ConfigError(f"{key}={rate!r} must be a number of at least 0.")
     check_damping(damping)
     _resolve_gate_rescale(model, name, spec.gate_rescale)
     remove_preconditioning(model)

@@ -89,7 +89,7 @@ def model_with(aux_losses, *, dropout=0.0, checkpointing=None, seed=0):
         autocast_adapter_dtype=False,
     ).double()
     for layer in moelora_layers(model).values():  # B is zero at first: nothing would reach below
-        torch.nn.init.normal_(layer.moelora_B["default"], std=0.1)
+        torch.nn.init.normal_(layer.moelora_B["default"].weight, std=0.1)
     return model.train()
 
 

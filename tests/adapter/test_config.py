@@ -134,6 +134,7 @@ EVERY_KEY = {
     "layers_to_transform": [1, 3],
     "layers_pattern": "layers",
     "modules_to_save": ["score"],
+    "trainable_token_indices": [3, 5],
     "bias": "moelora_only",
     "router": "topk",
     "expert": "lora",

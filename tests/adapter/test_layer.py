@@ -102,8 +102,12 @@ def test_one_expert_is_peft_s_lora_to_the_bit(dtype, use_rslora, shape):
         lora_y, lora_grads = run(theirs, x)
         assert torch.equal(y, lora_y)
         assert torch.equal(grads["x"], lora_grads["x"])
-        assert torch.equal(grads["0.moelora_A.default"], lora_grads["0.lora_A.default.weight"])
-        assert torch.equal(grads["0.moelora_B.default"], lora_grads["0.lora_B.default.weight"])
+        assert torch.equal(
+            grads["0.moelora_A.default.weight"], lora_grads["0.lora_A.default.weight"]
+        )
+        assert torch.equal(
+            grads["0.moelora_B.default.weight"], lora_grads["0.lora_B.default.weight"]
+        )
         assert not grads["0.moelora_router.default.weight"].any()  # the gate is 1 whatever x is
 
 
@@ -123,7 +127,12 @@ def test_the_layer_is_the_base_plus_the_oracle_s_mixture(mode):
     # Another order of summation: some tens of roundings of numbers up to a hundred.
     close = {"rtol": 1e-12, "atol": 1e-12}
     torch.testing.assert_close(y, expected.detach(), **close)
-    names = ["0.moelora_A.default", "0.moelora_B.default", "0.moelora_router.default.weight", "x"]
+    names = [
+        "0.moelora_A.default.weight",
+        "0.moelora_B.default.weight",
+        "0.moelora_router.default.weight",
+        "x",
+    ]
     for name, leaf in zip(names, [*leaves, x], strict=True):
         torch.testing.assert_close(grads[name], leaf.grad, **close)
 
@@ -144,8 +153,8 @@ def test_experts_in_another_order_are_the_same_mixture(mode):
     close = {"rtol": 1e-12, "atol": 1e-12}
     torch.testing.assert_close(permuted_y, y, **close)
     torch.testing.assert_close(permuted_grads["x"], grads["x"], **close)
-    a_grads = grads["0.moelora_A.default"].unflatten(0, (4, 2))[order].flatten(0, 1)
-    torch.testing.assert_close(permuted_grads["0.moelora_A.default"], a_grads, **close)
+    a_grads = grads["0.moelora_A.default.weight"].unflatten(0, (4, 2))[order].flatten(0, 1)
+    torch.testing.assert_close(permuted_grads["0.moelora_A.default.weight"], a_grads, **close)
     gate = "0.moelora_router.default.weight"
     torch.testing.assert_close(permuted_grads[gate], grads[gate][order], **close)
 
@@ -188,12 +197,12 @@ def test_unequal_ranks_come_from_an_allocation_of_ones_own():
     net = adapted(
         torch.float64, linears=2, target_modules=["0", "1"], allocation=f"{__name__}.unequal_ranks"
     )
-    assert net[0].moelora_A["default"].shape == (6, D_IN)
-    assert net[1].moelora_B["default"].shape == (D_IN, 8)
+    assert net[0].moelora_A["default"].weight.shape == (6, D_IN)
+    assert net[1].moelora_B["default"].weight.shape == (D_IN, 8)
     assert [a.shape[0] for a, _ in net[1].expert_weights()] == [2, 5, 1]
     layer, x = net[1], torch.randn(9, D_OUT, dtype=torch.float64)
     weights = topk_softmax_loop(x @ layer.router_weights().T, 2)
-    a, b = layer.moelora_A["default"], layer.moelora_B["default"]
+    a, b = layer.moelora_A["default"].weight, layer.moelora_B["default"].weight
     scaling = 6 / (8 / 3)  # alpha over the mean rank
     expected = layer.base_layer(x) + moe_lora_loop(x, a, b, weights, (2, 5, 1), scaling)
     # Another order of summation.
@@ -212,7 +221,7 @@ def test_parameter_dtypes(dtype, wide):
     assert all(grad.dtype == (dtype if name == "x" else own) for name, grad in grads.items())
     weights = topk_softmax_loop(x.flatten(0, 1).to(own) @ layer.router_weights().T, 2)
     flat = x.flatten(0, 1).float()
-    a, b = layer.moelora_A["default"].float(), layer.moelora_B["default"].float()
+    a, b = layer.moelora_A["default"].weight.float(), layer.moelora_B["default"].weight.float()
     expected = layer.base_layer.float()(flat) + moe_lora_loop(
         flat, a, b, weights.float(), (2,) * 4, 3.0
     )
@@ -251,7 +260,7 @@ def test_dropout_acts_on_the_experts_in_training_only():
     torch.manual_seed(3)
     thinned = nn.functional.dropout(x, 0.5)
     weights = topk_softmax_loop(x @ layer.router_weights().T, 2)
-    a, b = layer.moelora_A["default"], layer.moelora_B["default"]
+    a, b = layer.moelora_A["default"].weight, layer.moelora_B["default"].weight
     expected = layer.base_layer(x) + moe_lora_loop(thinned, a, b, weights, (2,) * 4, 3.0)
     # Another order of summation in fp32, on numbers of order ten.
     torch.testing.assert_close(dropped, expected.detach(), rtol=1e-5, atol=1e-5)

@@ -19,7 +19,7 @@ from tiny import tiny_llama
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
-from moelora_plugin import MoeLoraConfig
+from moelora_plugin import MoeLoraConfig, build_optimizer
 from moelora_plugin.errors import ConfigError
 from moelora_plugin.layers import MoeLoraLinear
 from moelora_plugin.model import moelora_layers
@@ -40,7 +40,7 @@ def randomise(model, seed: int = 1, adapter: str = "default"):
     generator = torch.Generator().manual_seed(seed)
     for layer in moelora_layers(model).values():
         if adapter in layer.moelora_B:
-            b = layer.moelora_B[adapter]
+            b = layer.moelora_B[adapter].weight
             b.data.copy_(torch.randn(b.shape, generator=generator))
     return model
 
@@ -122,8 +122,8 @@ def test_the_names_of_the_tensors_in_the_file(tmp_path):
     with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
         shapes = {key: tuple(file.get_tensor(key).shape) for key in file.keys()}  # noqa: SIM118
     assert shapes == {
-        f"{layer}.moelora_A": (6, 16),
-        f"{layer}.moelora_B": (16, 6),
+        f"{layer}.moelora_A.weight": (6, 16),
+        f"{layer}.moelora_B.weight": (16, 6),
         f"{layer}.moelora_router.weight": (3, 16),
     }
 
@@ -175,7 +175,11 @@ def test_only_experts_and_gates_train():
     names = trainable_names(model)
     assert len(names) == 4 * 3
     kinds = {name.partition("_proj.")[2] for name in names}
-    assert kinds == {"moelora_A.default", "moelora_B.default", "moelora_router.default.weight"}
+    assert kinds == {
+        "moelora_A.default.weight",
+        "moelora_B.default.weight",
+        "moelora_router.default.weight",
+    }
     # 4 modules: q 16 -> 16, v 16 -> 8; A (6, 16), B (out, 6), router (3, 16)
     trainable, total = model.get_nb_trainable_parameters()
     assert trainable == 2 * (2 * 6 * 16 + 16 * 6 + 8 * 6 + 2 * 3 * 16)
@@ -235,6 +239,18 @@ def test_modules_to_save_train_whole_and_travel(tmp_path):
 # Several adapters.
 
 
+def test_token_rows_train_and_travel(tmp_path):
+    model = adapted(trainable_token_indices=[3, 5])
+    optimizer = build_optimizer(model, "rsgd", lr=0.1)
+    before = model.get_input_embeddings()(torch.arange(8)).detach().clone()
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    moved = (model.get_input_embeddings()(torch.arange(8)) != before).any(-1)
+    assert moved.nonzero().flatten().tolist() == [3, 5]
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(base(), tmp_path)), logits(model))
+
+
 def two_adapters() -> PeftModel:
     model = adapted(seed=1)
     other = config_for(
@@ -267,8 +283,8 @@ def test_a_second_adapter_neither_acts_nor_trains_until_it_is_active():
     assert torch.equal(logits(model), logits(first))
     model.set_adapter("second")
     assert {name.split("moelora_")[1] for name in trainable_names(model)} == {
-        "A.second",
-        "B.second",
+        "A.second.weight",
+        "B.second.weight",
         "router.second.weight",
     }
     assert torch.equal(logits(model), logits(second_alone()))
@@ -330,8 +346,8 @@ def test_deleting_the_active_adapter_activates_the_other():
     for layer, other in zip(
         moelora_layers(model).values(), moelora_layers(alone).values(), strict=True
     ):
-        other.moelora_A["default"].data.copy_(layer.moelora_A["second"])
-        other.moelora_B["default"].data.copy_(layer.moelora_B["second"])
+        other.moelora_A["default"].weight.data.copy_(layer.moelora_A["second"].weight)
+        other.moelora_B["default"].weight.data.copy_(layer.moelora_B["second"].weight)
         other.router_weights().copy_(layer.router_weights("second"))
     assert torch.equal(logits(model), logits(alone))
 

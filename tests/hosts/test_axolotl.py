@@ -421,6 +421,7 @@ def test_the_template_trains_on_the_prompt_and_the_completion_as_they_are(runs):
         data=runs.sft_file,
         output_dir="output",
         target_modules="[q_proj, down_proj]",
+        task="sst2",
     )
     (folder / "axolotl.yaml").write_text(text)
     runs.host.run("axolotl", "train", "axolotl.yaml", *ONE, "--max-steps", "2", cwd=folder)

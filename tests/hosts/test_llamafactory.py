@@ -386,6 +386,7 @@ def test_the_config_of_moelora_init_trains(llamafactory, model_dir, sft_file, tm
         "data": str(sft_file),
         "output_dir": str(tmp_path / "out"),
         "target_modules": "q_proj,down_proj",
+        "task": "sst2",
     }
     names = {"llamafactory.yaml": "llamafactory.yaml"}
     names["llamafactory_dataset_info.json"] = "dataset_info.json"

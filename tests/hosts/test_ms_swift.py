@@ -39,7 +39,9 @@ OPTIMIZER = {
     "adam_epsilon": 1e-4,
 }
 MIXTURE = {**ADAPTER, **OPTIONS, **OPTIMIZER}
-WITH_AUX = {**MIXTURE, "moelora_aux_losses": AUX}
+# A plain update, which shows how large a gradient is and does not divide it by its own size.
+SGD = {"optimizer": "grsgd", "optim_args": "gate_lr=0.1,gate_max_grad_norm=null,damping=0.1"}
+WITH_AUX = {**MIXTURE, **SGD, "moelora_aux_losses": AUX}
 
 SFT_COLUMNS = {"prompt": "query", "completion": "response"}
 DPO_COLUMNS = {"prompt": "query", "chosen": "response", "rejected": "rejected_response"}
@@ -165,9 +167,7 @@ def test_auxiliary_losses_are_those_added_by_hand(train):
     """With rows of two lengths in a batch and accumulation; recomputation is swift's default."""
     changes = {
         **MIXTURE,
-        # A plain update, which does not divide small differences by their own size.
-        "optimizer": "grsgd",
-        "optim_args": "gate_lr=0.1,gate_max_grad_norm=null,damping=0.1",
+        **SGD,
         "gradient_accumulation_steps": 3,
         "num_train_epochs": 2,
         "max_steps": -1,
@@ -194,6 +194,7 @@ def test_the_config_of_moelora_init_trains_and_resumes_exactly(
         "data": str(sft_file),
         "output_dir": "output",
         "target_modules": "[q_proj, down_proj]",
+        "task": "sst2",
     }
     text = Template(TEMPLATE.read_text()).substitute(values)
     (tmp_path / "ms_swift.yaml").write_text(text)

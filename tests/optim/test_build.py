@@ -128,6 +128,13 @@ def test_only_the_active_adapter_is_settled_and_trained():
     ]
 
 
+@pytest.mark.parametrize("key", ["lr", "gate_lr"])
+@pytest.mark.parametrize("rate", [-1e-4, float("inf"), float("nan")])
+def test_a_rate_must_be_a_number(key, rate):
+    with pytest.raises(ConfigError, match=f"^{key}=.* must be a number of at least 0"):
+        build_optimizer(mixture(), "radamw", **{key: rate})
+
+
 def test_the_groups_and_their_roles():
     model = with_biases("all")
     optimizer = build_optimizer(
@@ -136,7 +143,7 @@ def test_the_groups_and_their_roles():
     roles = [group["role"] for group in optimizer.param_groups]
     assert roles == ["experts", "gates", "other", "other"]
     experts, gates, weights, biases = optimizer.param_groups
-    assert names_of(model, experts) == ["0.moelora_A.default", "0.moelora_B.default"]
+    assert names_of(model, experts) == ["0.moelora_A.default.weight", "0.moelora_B.default.weight"]
     assert names_of(model, gates) == ["0.moelora_router.default.weight"]
     assert names_of(model, weights) == ["2.modules_to_save.default.weight"]
     assert set(names_of(model, biases)) >= {
@@ -240,7 +247,7 @@ def test_a_factor_whose_partner_is_frozen_is_refused(frozen):
     with pytest.raises(ConfigError) as caught:
         build_optimizer(model, "rsgd")
     assert str(caught.value) == (
-        f"{name}.{left}.default trains but its partner does not, so it has no Riemannian metric; "
+        f"{name}.{left}.default.weight trains but its partner does not, so it has no Riemannian metric; "
         "set "
         "requires_grad alike on A and B of an adapter."
     )

@@ -80,8 +80,8 @@ def reference_layout(net: Net, of) -> dict[str, torch.Tensor]:
     for name in ("up", "down"):
         layer = getattr(net, name)
         ranks = layer.moelora_plan["default"].ranks
-        a_blocks = of(layer.moelora_A["default"]).split(ranks, dim=0)
-        b_blocks = of(layer.moelora_B["default"]).split(ranks, dim=1)
+        a_blocks = of(layer.moelora_A["default"].weight).split(ranks, dim=0)
+        b_blocks = of(layer.moelora_B["default"].weight).split(ranks, dim=1)
         for i, (a, b) in enumerate(zip(a_blocks, b_blocks, strict=True)):
             named[f"{name}.lora_A.{i}.weight"] = a
             named[f"{name}.lora_B.{i}.weight"] = b

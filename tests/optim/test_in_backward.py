@@ -217,7 +217,7 @@ def test_an_adapter_added_later_is_missed():
 def test_the_model_can_be_collected():
     model = model_of()
     precondition_in_backward(model)
-    factor = weakref.ref(next(iter(moelora_layers(model).values())).moelora_A["default"])
+    factor = weakref.ref(next(iter(moelora_layers(model).values())).moelora_A["default"].weight)
     del model
     gc.collect()
     assert factor() is None
@@ -226,7 +226,7 @@ def test_the_model_can_be_collected():
 def test_nan_weights_stop_the_run():
     model = model_of()
     precondition_in_backward(model)
-    next(iter(moelora_layers(model).values())).moelora_A["default"].data[0, 0] = float("nan")
+    next(iter(moelora_layers(model).values())).moelora_A["default"].weight.data[0, 0] = float("nan")
     with pytest.raises(FloatingPointError, match="An expert's weights are NaN or infinite"):
         loss_of(model, 0).backward()
 
@@ -235,7 +235,7 @@ def test_a_singular_metric_warns():
     model = model_of()
     precondition_in_backward(model, damping=0.0)
     layer = next(iter(moelora_layers(model).values()))
-    layer.moelora_A["default"].data[2] = layer.moelora_A["default"].data[1]
+    layer.moelora_A["default"].weight.data[2] = layer.moelora_A["default"].weight.data[1]
     with pytest.warns(RuntimeWarning, match=r"too ill-conditioned for damping=0 .*raise damping"):
         loss_of(model, 0).backward()
 

@@ -56,7 +56,7 @@ def mixture(**keys) -> nn.Module:
     model = get_peft_model(net, MoeLoraConfig(**{**defaults, **keys}))
     for layer in moelora_layers(model).values():
         # Not through views: B's initial zeros would hide its metric.
-        layer.moelora_B["default"].data.normal_()
+        layer.moelora_B["default"].weight.data.normal_()
     return model
 
 

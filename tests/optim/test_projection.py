@@ -123,7 +123,7 @@ def test_orthonormal_factors_make_the_preconditioner_a_number():
     for a, b in layer.expert_weights():
         a.copy_(torch.linalg.qr(a.T)[0].T)
         b.copy_(torch.linalg.qr(b)[0])
-    a, b = layer.moelora_A["default"], layer.moelora_B["default"]
+    a, b = layer.moelora_A["default"].weight, layer.moelora_B["default"].weight
     before_a, before_b = a.detach().clone(), b.detach().clone()
     optimizer = build_optimizer(model, "rsgd", lr=1.0, damping=0.25)
     model(torch.randn(20, D_IN, dtype=torch.float64)).square().sum().backward()

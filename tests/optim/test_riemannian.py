@@ -91,8 +91,8 @@ def test_an_sgd_step_follows_the_slow_loop(allocation, dtype):
         ((a, b, ranks, _),) = [tuple(vars(pair).values()) for pair in layer.expert_pairs()]
         step_a, step_b = precondition_loop(a.detach(), b.detach(), a.grad, b.grad, ranks, 1e-2)
         gate = layer.moelora_router["default"].weight
-        expected[f"{layer_name}.moelora_A.default"] = a.detach() - 0.1 * step_a
-        expected[f"{layer_name}.moelora_B.default"] = b.detach() - 0.1 * step_b
+        expected[f"{layer_name}.moelora_A.default.weight"] = a.detach() - 0.1 * step_a
+        expected[f"{layer_name}.moelora_B.default.weight"] = b.detach() - 0.1 * step_b
         expected[f"{layer_name}.moelora_router.default.weight"] = gate.detach() - 0.02 * gate.grad
     optimizer.step()
     assert_close(values(model), expected, CLOSE[dtype])
@@ -327,7 +327,7 @@ def test_an_expert_pair_without_gradients_stays_where_it_is(name):
     before = values(model)
     optimizer.step()
     unmoved = {n for n, v in values(model).items() if torch.equal(v, before[n])}
-    assert {n.partition("moelora_")[2] for n in unmoved} == {"A.default", "B.default"}
+    assert {n.partition("moelora_")[2] for n in unmoved} == {"A.default.weight", "B.default.weight"}
     optimizer.zero_grad()
     before = values(model)
     optimizer.step()  # no gradients at all

@@ -21,7 +21,7 @@ from transformers.training_args import OptimizerNames
 
 import moelora_plugin
 from moelora_plugin import MoeLoraConfig, RiemannianAdamW, RiemannianSGD
-from moelora_plugin.aux_loss_callback import AuxLossCallback
+from moelora_plugin.trainer_callbacks import AuxLossCallback
 from moelora_plugin.errors import ConfigError
 
 ROOT = Path(moelora_plugin.__file__).parents[1]
@@ -193,7 +193,7 @@ ORDERS = {
     "peft first": f"import peft, moelora_plugin{USE}",
     "ours, the trainer": "import moelora_plugin, transformers.trainer",
     "our factory": "import moelora_plugin.hf_trainer",
-    "our callback": "import moelora_plugin.aux_loss_callback",
+    "our callback": "import moelora_plugin.trainer_callbacks",
     "switched off": (
         "import os; os.environ['MOELORA_AUTOLOAD'] = '0'\n"
         "import moelora_plugin, transformers.trainer\n"

@@ -24,6 +24,7 @@ from ...errors import ConfigError, ExportError, MissingDependencyError
 from ...hf_trainer import optimizer_arguments
 from ...model import MoeLoraModel, find_tuner, moelora_layers
 from ...optim import OPTIMIZERS, RiemannianAdamW, build_optimizer
+from ...trainer_callbacks import logged_aux_losses
 from ...presets import PRESETS
 from ..options import adapter_config
 
@@ -190,11 +191,7 @@ def optimizer_of(
         for key in ("betas", "eps"):
             if key in keywords:
                 raise ConfigError(f"optim_config: {name} has no {key}; remove it.")
-    try:
-        keywords |= optimizer_arguments(options)
-    except ConfigError as error:
-        # They come from here, not from TrainingArguments' key.
-        raise ConfigError(str(error).replace("optim_args", "optim_config")) from None
+    keywords |= optimizer_arguments(options, source="optim_config", set_by={})
     return build_optimizer(model, name, **keywords)
 
 
@@ -290,12 +287,7 @@ def _aux_loss_callback(tuner: MoeLoraModel) -> Any:
             tuner.aux_losses.scale = 1.0 / train_dataloader.num_micro_batch
 
         def on_log(self, args: Any, state: Any, logs: dict[str, Any], **_: Any) -> None:
-            values: dict[str, list[float]] = {}
-            for layer in moelora_layers(tuner).values():
-                for losses in layer.last_aux_losses.values():
-                    for name, value in losses.items():
-                        values.setdefault(f"aux_{name}", []).append(float(value))
-            logs.update({name: sum(found) / len(found) for name, found in values.items()})
+            logs.update(logged_aux_losses(moelora_layers(tuner).values()))
 
         def on_train_end(self, args: Any, state: Any, **_: Any) -> None:
             tuner.aux_losses.scale = 1.0

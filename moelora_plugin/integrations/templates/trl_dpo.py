@@ -3,7 +3,7 @@
 #   train           python trl_dpo.py
 #   two processes   torchrun --nproc-per-node 2 trl_dpo.py
 #   resume          python trl_dpo.py --resume
-#   evaluate        moelora eval --adapter ${output_dir} --tasks sst2 --compare-base
+#   evaluate        moelora eval --adapter ${output_dir} --tasks ${task} --compare-base
 #   merge           moelora export ${output_dir} --to merged --strategy mean-gate --out merged
 
 import sys

@@ -1,11 +1,12 @@
-"""What transformers' Trainer has to tell the auxiliary losses, and their place in its log.
+"""What transformers' Trainer has to tell our auxiliary losses and optimizers.
 
-Light on purpose: it is a default callback of every Trainer in the process, ours or not.
+Light on purpose: these are default callbacks of every Trainer in the process, ours or not.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, get_args
 
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
@@ -74,12 +75,7 @@ class AuxLossCallback(TrainerCallback):
         """Add each loss, before its coefficient: the mean over layers in the last micro-batch."""
         if not self._layers or logs is None or "loss" not in logs:
             return
-        means: dict[str, list[float]] = {}
-        for layer in self._layers:
-            for losses in layer.last_aux_losses.values():
-                for name, value in losses.items():
-                    means.setdefault(f"aux_{name}", []).append(float(value))
-        entries = {name: sum(values) / len(values) for name, values in means.items()}
+        entries = logged_aux_losses(self._layers)
         logs.update(entries)
         if state.log_history:
             state.log_history[-1].update(entries)  # the Trainer has put a copy there already
@@ -91,6 +87,16 @@ class AuxLossCallback(TrainerCallback):
         for layer in self._layers:
             layer.aux_losses.scale = 1.0
         self._layers = []
+
+
+def logged_aux_losses(layers: Iterable[Any]) -> dict[str, float]:
+    """Each loss of the last micro-batch before its coefficient, averaged over layers."""
+    values: dict[str, list[float]] = {}
+    for layer in layers:
+        for losses in layer.last_aux_losses.values():
+            for name, value in losses.items():
+                values.setdefault(f"aux_{name}", []).append(float(value))
+    return {name: sum(found) / len(found) for name, found in values.items()}
 
 
 class OptimizerCallback(TrainerCallback):
