@@ -21,8 +21,8 @@ from transformers.training_args import OptimizerNames
 
 import moelora_plugin
 from moelora_plugin import MoeLoraConfig, RiemannianAdamW, RiemannianSGD
-from moelora_plugin.trainer_callbacks import AuxLossCallback
 from moelora_plugin.errors import ConfigError
+from moelora_plugin.trainer_callbacks import AuxLossCallback
 
 ROOT = Path(moelora_plugin.__file__).parents[1]
 NAMES = ("rsgd", "grsgd", "radamw", "gradamw")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-from accelerate.state import AcceleratorState
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, DistributedType
 from peft import get_peft_model
 from tiny import tiny_llama
 from transformers import Trainer, TrainingArguments
@@ -28,12 +29,14 @@ def begin(callback, args, model=None):
 
 @pytest.fixture
 def deepspeed(monkeypatch):
-    """accelerate's state as DeepSpeed leaves it."""
+    """accelerate's state as DeepSpeed leaves it; TrainingArguments start it anew, so after them."""
 
     def configured(**config):
-        AcceleratorState(cpu=True)
-        plugin = SimpleNamespace(deepspeed_config=config, zero_stage=2)
-        monkeypatch.setitem(AcceleratorState._shared_state, "deepspeed_plugin", plugin)
+        Accelerator(cpu=True)
+        plugin = SimpleNamespace(deepspeed_config=config, selected=True)
+        state = AcceleratorState._shared_state
+        monkeypatch.setitem(state, "deepspeed_plugins", {"default": plugin})
+        monkeypatch.setitem(state, "distributed_type", DistributedType.DEEPSPEED)
 
     yield configured
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -46,16 +49,18 @@ def test_every_trainer_has_the_callbacks_once(tmp_path):
 
 
 def test_an_optimizer_that_deepspeed_would_replace_is_refused(deepspeed, tmp_path):
+    stock, ours = (arguments(tmp_path, optim=name) for name in ("sgd", "gradamw"))
     deepspeed(optimizer={"type": "AdamW"})
-    begin(OptimizerCallback(), arguments(tmp_path, optim="sgd"))
+    begin(OptimizerCallback(), stock)
     with pytest.raises(ConfigError, match=r"^optim: gradamw is not used, .* remove that section"):
-        begin(OptimizerCallback(), arguments(tmp_path, optim="gradamw"))
+        begin(OptimizerCallback(), ours)
 
 
 def test_deepspeed_without_an_optimizer_and_no_deepspeed_pass(deepspeed, tmp_path):
-    begin(OptimizerCallback(), arguments(tmp_path, optim="gradamw"))
+    args = arguments(tmp_path, optim="gradamw")
+    begin(OptimizerCallback(), args)
     deepspeed(zero_optimization={"stage": 2})
-    begin(OptimizerCallback(), arguments(tmp_path, optim="gradamw"))
+    begin(OptimizerCallback(), args)
 
 
 @pytest.mark.parametrize("aux_losses", [{}, {"z": 0.1}])
