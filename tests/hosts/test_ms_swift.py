@@ -264,7 +264,7 @@ def test_dpo_in_two_processes_starts_from_the_base_as_reference(train, dpo_file)
     assert_trained_adapter(one, gate_rescale="sqrt", modules=MODULES)
     # New experts change nothing, so policy and reference agree.
     assert losses(one)[0] == pytest.approx(math.log(2), rel=1e-6)
-    assert losses(one)[-1] != pytest.approx(math.log(2), rel=1e-3)
+    assert losses(one)[-1] != pytest.approx(math.log(2), rel=1e-4)
     assert len(losses(one, "aux_switch_lb")) == 4
     assert losses(two) == pytest.approx(losses(one), rel=1e-5)
     assert_same_tensors(two, one, rtol=1e-3)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, DistributedType
+from accelerate.state import AcceleratorState, DistributedType, PartialState
 from peft import get_peft_model
 from tiny import tiny_llama
 from transformers import Trainer, TrainingArguments
@@ -34,9 +34,11 @@ def deepspeed(monkeypatch):
     def configured(**config):
         Accelerator(cpu=True)
         plugin = SimpleNamespace(deepspeed_config=config, selected=True)
-        state = AcceleratorState._shared_state
-        monkeypatch.setitem(state, "deepspeed_plugins", {"default": plugin})
-        monkeypatch.setitem(state, "distributed_type", DistributedType.DEEPSPEED)
+        for state, key, value in (
+            (AcceleratorState, "deepspeed_plugins", {"default": plugin}),
+            (PartialState, "distributed_type", DistributedType.DEEPSPEED),
+        ):
+            monkeypatch.setitem(state._shared_state, key, value)
 
     yield configured
     AcceleratorState._reset_state(reset_partial_state=True)
