@@ -4,8 +4,8 @@
     python tests/hosts/environments.py axolotl trl
 
 An environment holds exactly the packages of `pins/<name>.txt` and not moelora, so that a host can
-be run with and without it. Its folder carries a digest of everything it was made from: a change of the
-pins makes a new one. `MOELORA_HOSTS_CACHE` names another place than `~/.cache/moelora/hosts`.
+be run with and without it. Its folder carries a digest of everything it was made from: a change of
+the pins makes a new one. `MOELORA_HOSTS_CACHE` names another place than `~/.cache/moelora/hosts`.
 """
 
 from __future__ import annotations

@@ -247,9 +247,8 @@ def test_a_factor_whose_partner_is_frozen_is_refused(frozen):
     with pytest.raises(ConfigError) as caught:
         build_optimizer(model, "rsgd")
     assert str(caught.value) == (
-        f"{name}.{left}.default.weight trains but its partner does not, so it has no Riemannian metric; "
-        "set "
-        "requires_grad alike on A and B of an adapter."
+        f"{name}.{left}.default.weight trains but its partner does not, so it has no Riemannian "
+        "metric; set requires_grad alike on A and B of an adapter."
     )
 
 
