@@ -156,6 +156,7 @@ def write_config(
         "output_dir": _OUTPUT,
         "target_modules": chosen.modules,
         "task": "NAMES",
+        "model_type": _model_type(model),
     }
     texts = {}
     if data is not None:
@@ -188,6 +189,16 @@ def optimizer_for(preset: str) -> str:
     overrides = lookup("presets", preset, PRESETS).overrides
     rescaled = overrides.get("gate_rescale") != "none" and overrides.get("num_experts") != 1
     return "gradamw" if rescaled else "radamw"
+
+
+def _model_type(model: str) -> str:
+    """ms-swift's line for the architecture, as far as it can be known without the hub."""
+    config = Path(model) / "config.json"
+    if model == DEFAULT_MODEL:
+        return "model_type: llama"
+    if config.is_file():
+        return f"model_type: {json.loads(config.read_text(encoding='utf-8'))['model_type']}"
+    return "# model_type: llama"
 
 
 def _docs(name: str | None, data_dir: str | None) -> tuple[Task, Iterable[dict[str, Any]], str]:

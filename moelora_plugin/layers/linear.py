@@ -44,8 +44,8 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
     The base is any module that maps (..., in) to (..., out) and whose features PEFT can read:
     nn.Linear, transformers' Conv1D, a quantised linear. Only its forward is called.
 
-    Parameters are keyed by adapter name: `moelora_A` (R, in), `moelora_B` (out, R),
-    `moelora_router`.
+    Modules are keyed by adapter name: `moelora_A` and `moelora_B`, whose `weight` is the stacked
+    A (R, in) and B (out, R), and `moelora_router`.
     """
 
     adapter_layer_names = ("moelora_A", "moelora_B", "moelora_router")
@@ -165,9 +165,9 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
 
     def expert_weights(self, adapter: str = "default") -> list[tuple[Tensor, Tensor]]:
         """One (A_i (r_i, in), B_i (out, r_i)) per expert: writable views without gradient."""
+        a, b = self.factors(adapter)
         return self.moelora_expert[adapter].split(
-            *(factor.detach() for factor in self.factors(adapter)),
-            self.moelora_plan[adapter],
+            a.detach(), b.detach(), self.moelora_plan[adapter]
         )
 
     def router_weights(self, adapter: str = "default") -> Tensor:
@@ -229,8 +229,10 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
                 "it unmerged, or write an approximation with `moelora export ADAPTER --to merged "
                 "--strategy mean-gate --out DIR`."
             )
+        a, b = self.factors(adapter)
         update_OI = self.moelora_expert[adapter].static_update(
-            *(factor.detach() for factor in self.factors(adapter)),
+            a.detach(),
+            b.detach(),
             weights_E.detach(),
             self.moelora_plan[adapter],
             self.moelora_scaling[adapter],

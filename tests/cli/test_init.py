@@ -132,6 +132,19 @@ def test_rows_of_one_s_own_are_used_where_they_lie(host: str) -> None:
     assert "--tasks NAMES" in output
 
 
+@pytest.mark.parametrize(
+    ("config", "expected"), [(None, None), ({"model_type": "qwen3"}, "qwen3")]
+)
+def test_ms_swift_is_told_the_architecture_where_it_is_known(
+    config: dict[str, str] | None, expected: str | None
+) -> None:
+    if config is not None:
+        Path("base").mkdir()
+        Path("base/config.json").write_text(json.dumps(config))
+    written("ms-swift", "--model", "base", "--out", "run")
+    assert yaml.safe_load(Path("run/ms_swift.yaml").read_text()).get("model_type") == expected
+
+
 def test_a_local_model_is_found_from_within_the_folder() -> None:
     Path("base").mkdir()
     written("trl", "--model", "base")

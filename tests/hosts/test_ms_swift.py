@@ -195,6 +195,7 @@ def test_the_config_of_moelora_init_trains_and_resumes_exactly(
         "output_dir": "output",
         "target_modules": "[q_proj, down_proj]",
         "task": "sst2",
+        "model_type": "model_type: llama",
     }
     text = Template(TEMPLATE.read_text()).substitute(values)
     (tmp_path / "ms_swift.yaml").write_text(text)

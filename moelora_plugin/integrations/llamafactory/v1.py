@@ -24,8 +24,8 @@ from ...errors import ConfigError, ExportError, MissingDependencyError
 from ...hf_trainer import optimizer_arguments
 from ...model import MoeLoraModel, find_tuner, moelora_layers
 from ...optim import OPTIMIZERS, RiemannianAdamW, build_optimizer
-from ...trainer_callbacks import logged_aux_losses
 from ...presets import PRESETS
+from ...trainer_callbacks import logged_aux_losses
 from ..options import adapter_config
 
 ADAPTER = "moelora"
