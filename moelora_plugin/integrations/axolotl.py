@@ -26,7 +26,7 @@ from ..hf_trainer import optimizer_arguments
 from ..lookup import unknown_name_message
 from ..optim import OPTIMIZERS
 from ..presets import PRESETS
-from .options import adapter_config
+from .options import adapter_config, refuse_disagreement
 
 ADAPTER = "moelora"
 
@@ -182,7 +182,7 @@ class MoeLoraPlugin(BasePlugin):  # type: ignore[misc]
         if cfg.peft_autocast_adapter_dtype is not None:
             keywords["autocast_adapter_dtype"] = cfg.peft_autocast_adapter_dtype
         if cfg.lora_model_dir:
-            _refuse_other_adapter(cfg, config)
+            _refuse_other_adapter(cfg)
             adapted: PeftModel = PeftModel.from_pretrained(
                 model, cfg.lora_model_dir, is_trainable=not inference, **keywords
             )
@@ -229,7 +229,7 @@ def _unset_dropout(cfg: Any) -> float:
     return adapter_config({"preset": preset if preset in PRESETS else None}).lora_dropout
 
 
-def _refuse_other_adapter(cfg: Any, asked: MoeLoraConfig) -> None:
+def _refuse_other_adapter(cfg: Any) -> None:
     """An adapter that is gone on with keeps its configuration: what is set must agree with it."""
     folder = cfg.lora_model_dir
     saved = read_adapter_config(resolve_adapter(folder))
@@ -238,16 +238,13 @@ def _refuse_other_adapter(cfg: Any, asked: MoeLoraConfig) -> None:
             f"lora_model_dir={folder!r} holds a {saved.get('peft_type')} adapter, not a mixture of "
             "experts; set adapter to its own kind."
         )
-    options = _options(cfg)
-    preset = PRESETS[options["preset"]].overrides if "preset" in options else {}
-    for key in sorted({*preset, *options, *_words(cfg)} & set(saved)):
-        wanted, found = getattr(asked, key), saved[key]
-        if wanted != found and not (key == "gate_rescale" and wanted == "auto"):
-            raise ConfigError(
-                f"{_OWN_WORDS.get(key, f'moelora.{key}')} is {wanted!r}, but the adapter in "
-                f"{folder} was trained with {found!r} and keeps it; remove the key or the preset "
-                "that says so."
-            )
+    refuse_disagreement(
+        _options(cfg),
+        _words(cfg),
+        saved,
+        folder,
+        lambda field: _OWN_WORDS.get(field, f"moelora.{field}"),
+    )
 
 
 def _refuse_keys(data: Mapping[str, Any], with_what: str, reasons: Mapping[str, str]) -> None:

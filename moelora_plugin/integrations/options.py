@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from .. import MoeLoraConfig
+from ..errors import ConfigError
+from ..presets import PRESETS
 
 DEFAULT_PRESET = "moe_lora"
 
@@ -28,3 +31,38 @@ def adapter_config(
     given = {**(host_words or {}), **{k: v for k, v in options.items() if v is not None}}
     fields = {"task_type": "CAUSAL_LM", **{k: v for k, v in given.items() if v is not None}}
     return MoeLoraConfig.from_preset(fields.pop("preset", DEFAULT_PRESET), **fields)
+
+
+def refuse_disagreement(
+    options: Mapping[str, Any],
+    host_words: Mapping[str, Any],
+    saved: Mapping[str, Any],
+    folder: str | Path,
+    key_of: Callable[[str], str],
+) -> None:
+    """An adapter that goes on keeps its configuration: what a run states must agree with it.
+
+    Args:
+        options: as in `adapter_config`.
+        host_words: as in `adapter_config`.
+        saved: the adapter's configuration.
+        folder: where it lies, for the error.
+        key_of: the host's key for a field of MoeLoraConfig, for the error.
+
+    Raises:
+        ConfigError: a field that the run sets, or that a preset it names sets, has another value.
+    """
+    asked = adapter_config(options, host_words)
+    preset = options.get("preset")
+    given = {key for key, value in {**host_words, **options}.items() if value is not None}
+    stated = given | set(PRESETS[preset].overrides if preset else ())
+    for field in sorted((stated - {"preset"}) & set(saved)):
+        wanted, found = getattr(asked, field), saved[field]
+        if wanted == found or (field == "gate_rescale" and wanted == "auto"):
+            continue
+        if field == "target_modules" and isinstance(wanted, str):
+            continue  # saved are the names that a pattern has found
+        raise ConfigError(
+            f"{key_of(field)} is {wanted!r}, but the adapter in {folder} was trained with "
+            f"{found!r} and keeps it; remove the key, or the preset that implies it."
+        )

@@ -132,9 +132,7 @@ def test_rows_of_one_s_own_are_used_where_they_lie(host: str) -> None:
     assert "--tasks NAMES" in output
 
 
-@pytest.mark.parametrize(
-    ("config", "expected"), [(None, None), ({"model_type": "qwen3"}, "qwen3")]
-)
+@pytest.mark.parametrize(("config", "expected"), [(None, None), ({"model_type": "qwen3"}, "qwen3")])
 def test_ms_swift_is_told_the_architecture_where_it_is_known(
     config: dict[str, str] | None, expected: str | None
 ) -> None:

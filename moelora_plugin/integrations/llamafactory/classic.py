@@ -29,7 +29,7 @@ from peft import PeftConfig, PeftModel
 
 from ... import PRESETS, MoeLoraConfig
 from ...errors import ConfigError
-from ..options import DEFAULT_PRESET, adapter_config
+from ..options import DEFAULT_PRESET, adapter_config, refuse_disagreement
 
 FINETUNING_TYPE = "moelora"
 PREFIX = "moelora_"
@@ -76,12 +76,6 @@ class _Mixture:
     def config(self, **fields: Any) -> MoeLoraConfig:
         """The adapter; `fields` are what only the model can tell."""
         return adapter_config(self.options, {**self.words, **fields})
-
-    def explicit(self) -> set[str]:
-        """The fields that the run decides, by name or through a preset that it names."""
-        chosen = self.options.get("preset")
-        named = set() if chosen is None else set(PRESETS[chosen].overrides)
-        return (named | set(self.options) | set(self.words)) - {"preset"}
 
 
 @dataclass
@@ -285,15 +279,14 @@ def _check_continued(mixture: _Mixture | None, saved: PeftConfig | None, path: s
             f"{path} is no mixture of LoRA experts and cannot go on as one; set "
             "create_new_adapter: true to merge it and train a mixture on top."
         )
-    asked = mixture.config()
     words = {field: word for word, field in (_UNSET_BY_DEFAULT | _OTHER_WORDS).items()}
-    for field in sorted(mixture.explicit() - {"target_modules"}):
-        wanted, found = getattr(asked, field), getattr(saved, field)
-        if wanted != found and not (field == "gate_rescale" and wanted == "auto"):
-            raise ConfigError(
-                f"The run asks for {words.get(field, PREFIX + field)}: {wanted}, but {path} was "
-                f"trained with {found} and keeps it; remove the key, or the preset that implies it."
-            )
+    refuse_disagreement(
+        mixture.options,
+        mixture.words,
+        saved.to_dict(),
+        path,
+        lambda field: words.get(field, PREFIX + field),
+    )
 
 
 @contextmanager

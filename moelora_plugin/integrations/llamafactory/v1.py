@@ -16,7 +16,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 
 from ...checkpoint import read_adapter_config, resolve_adapter, verify_weights
 from ...config import PEFT_TYPE, MoeLoraConfig
@@ -24,9 +24,8 @@ from ...errors import ConfigError, ExportError, MissingDependencyError
 from ...hf_trainer import optimizer_arguments
 from ...model import MoeLoraModel, find_tuner, moelora_layers
 from ...optim import OPTIMIZERS, RiemannianAdamW, build_optimizer
-from ...presets import PRESETS
 from ...trainer_callbacks import logged_aux_losses
-from ..options import adapter_config
+from ..options import adapter_config, refuse_disagreement
 
 ADAPTER = "moelora"
 TEXT = "moelora_text"
@@ -134,8 +133,9 @@ def adapted_model(
     options = dict(config if config is not None else peft_config or {})
     options.pop("name", None)
     path = options.pop("adapter_name_or_path", None)
+    options = {key: _value(key, value) for key, value in options.items()}
     new = adapter_config(
-        {key: _value(key, value) for key, value in options.items()},
+        options,
         # The reward model of `rm`; PEFT then trains and saves its score head as well.
         {"task_type": "TOKEN_CLS"} if type(model).__name__.endswith(_SCORES) else None,
     )
@@ -147,7 +147,8 @@ def adapted_model(
     if path:
         folder = _adapter_folder(path)
         if is_train:
-            _refuse_other_values(new, options, folder)
+            saved = read_adapter_config(folder)
+            refuse_disagreement(options, {}, saved, folder, lambda field: f"peft_config's {field}")
         return PeftModel.from_pretrained(model, str(folder), is_trainable=is_train)
     if not is_train:
         raise ConfigError(
@@ -339,20 +340,6 @@ def _adapter_folder(path: Any) -> Path:
         )
     verify_weights(folder)
     return folder
-
-
-def _refuse_other_values(new: MoeLoraConfig, options: Mapping[str, Any], folder: Path) -> None:
-    """An adapter that goes on keeps its configuration: the run must not ask for another."""
-    saved = PeftConfig.from_pretrained(str(folder))
-    preset = options.get("preset")
-    stated = {*options, *(PRESETS[preset].overrides if preset else ())}
-    for key in sorted(stated - {"preset", "target_modules"}):
-        wanted, found = getattr(new, key), getattr(saved, key)
-        if options.get(key, wanted) is not None and wanted not in (found, "auto"):
-            raise ConfigError(
-                f"peft_config asks for {key}: {wanted}, but the adapter in {folder} was trained "
-                f"with {found} and keeps it; remove the key, or the preset that implies it."
-            )
 
 
 def _value(key: str, value: Any) -> Any:

@@ -17,8 +17,7 @@ from ...config import PEFT_TYPE, MoeLoraConfig
 from ...errors import ConfigError
 from ...lookup import nearest
 from ...optim import OPTIMIZERS
-from ...presets import PRESETS
-from ..options import adapter_config
+from ..options import adapter_config, refuse_disagreement
 
 TUNER_TYPE = "moelora"
 PREFIX = "moelora_"
@@ -85,10 +84,10 @@ class _Checked(TunerArguments):  # type: ignore[misc]
                     f"{self.tuner_type}; set that or remove it."
                 )
             return
-        config = moelora_config(self)
+        moelora_config(self)  # what is wrong is said before the model is loaded
         for folder in (self.resume_from_checkpoint, *self.adapters):
             if folder:
-                _refuse_other_config(self, config, folder)
+                _refuse_other_config(self, folder)
 
 
 # What all of swift's training arguments inherit, with our options. Where none is set, it does what
@@ -148,18 +147,15 @@ def refuse_other_type(folder: str) -> dict[str, Any]:
     return saved
 
 
-def _refuse_other_config(args: Any, asked: MoeLoraConfig, folder: str) -> None:
+def _refuse_other_config(args: Any, folder: str) -> None:
     """An adapter that is trained on keeps its configuration: what is set must agree with it."""
-    saved = refuse_other_type(folder)
-    options, words = _options(args), _set_words(args)
-    preset = PRESETS[options.pop("preset")].overrides if "preset" in options else {}
-    for key in sorted({*preset, *options, *words} & set(saved)):
-        wanted, found = getattr(asked, key), saved[key]
-        if wanted != found and not (key == "gate_rescale" and wanted == "auto"):
-            raise ConfigError(
-                f"{_SWIFT_WORDS.get(key, PREFIX + key)} is {wanted!r}, but {folder} was trained "
-                f"with {found!r} and keeps it; remove the option or the preset that says so."
-            )
+    refuse_disagreement(
+        _options(args),
+        _set_words(args),
+        refuse_other_type(folder),
+        folder,
+        lambda field: _SWIFT_WORDS.get(field, PREFIX + field),
+    )
 
 
 def _wants_our_optimizer(args: Any) -> bool:
