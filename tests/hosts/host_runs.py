@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import torch
@@ -11,6 +12,10 @@ from safetensors.torch import load_file
 
 from moelora_plugin.checkpoint import load_adapter
 from moelora_plugin.model import moelora_layers
+
+# LLaMA-Factory's chats leave daemon threads running when they end, which on a busy machine now and
+# then aborts the interpreter after everything has been answered.
+ENDS_OF_A_CHAT = (0, -signal.SIGABRT)
 
 
 def last_checkpoint(output_dir: Path) -> Path:

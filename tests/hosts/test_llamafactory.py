@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from host_runs import (
+    ENDS_OF_A_CHAT,
     adapter_config,
     assert_same_tensors,
     assert_trained_adapter,
@@ -270,7 +271,10 @@ def chat(llamafactory, model_dir, sft_file, tmp_path_factory):
         }
         file.write_text(yaml.safe_dump(settings))
         asked = f"{question(sft_file)}\nexit\n"
-        output = llamafactory.run("llamafactory-cli", "chat", str(file), stdin=asked).stdout
+        done = llamafactory.run(
+            "llamafactory-cli", "chat", str(file), stdin=asked, ends=ENDS_OF_A_CHAT
+        )
+        output = done.stdout
         return output.partition("Assistant: ")[2].partition("\nUser: ")[0].strip("\n")
 
     return ask

@@ -14,6 +14,7 @@ import torch
 import yaml
 from conftest import ROOT, Host
 from host_runs import (
+    ENDS_OF_A_CHAT,
     adapter_config,
     adapter_tensors,
     assert_same_tensors,
@@ -234,7 +235,9 @@ def test_chat_is_unmerged(v1, model_dir, accumulated, rows):
     prompt = rows[0]["prompt"]
     config = v1.config("chat", peft_config={"adapter_name_or_path": str(accumulated)})
     options = (str(config), "train_dataset=null", "max_new_tokens=12")
-    chat = v1.run("llamafactory-cli", "chat", *options, stdin=f"{prompt}\nexit\n")
+    chat = v1.run(
+        "llamafactory-cli", "chat", *options, stdin=f"{prompt}\nexit\n", ends=ENDS_OF_A_CHAT
+    )
     model = reload(accumulated, model_dir)
     from transformers import AutoTokenizer
 
@@ -329,4 +332,5 @@ def test_the_written_config_trains(v1, model_dir, sft_file):
         "train_dataset=null",
         "peft_config.adapter_name_or_path=output",
         stdin="exit\n",
+        ends=ENDS_OF_A_CHAT,
     )
