@@ -21,6 +21,7 @@ from host_runs import (
     assert_trained_adapter,
     reload,
 )
+from transformers import AutoTokenizer
 
 from moelora_plugin.integrations.init import write_config
 from moelora_plugin.presets import PRESETS
@@ -212,7 +213,6 @@ def test_going_on_with_an_adapter(v1, model_dir, accumulated, rows):
     # One batch of all rows: its loss before the first update is that of the adapter as it was, on
     # the tokens that our own trainer makes of a row.
     model = reload(accumulated, model_dir)
-    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     total, count = 0.0, 0
@@ -239,7 +239,6 @@ def test_chat_is_unmerged(v1, model_dir, accumulated, rows):
         "llamafactory-cli", "chat", *options, stdin=f"{prompt}\nexit\n", ends=ENDS_OF_A_CHAT
     )
     model = reload(accumulated, model_dir)
-    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     ids = tokenizer(prompt, return_tensors="pt")
