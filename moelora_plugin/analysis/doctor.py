@@ -29,6 +29,7 @@ _TRIED = {
     "axolotl": ("0.19.0", "0.19.0"),
     "ms-swift": ("4.6.0", "4.6.0"),
     "trl": ("0.29", "1.16"),
+    "lm_eval": ("0.4.13", "0.4.13"),
 }
 
 
@@ -136,9 +137,12 @@ def _install(name: str) -> str:
 
 def _optional(name: str, use: str, remedy: str) -> Finding:
     try:
-        return Finding(name, "ok", f"{version(name)} ({use})")
+        found = version(name)
     except PackageNotFoundError:
         return Finding(name, "warning", f"not installed; {use} needs it", remedy)
+    if not _tried(name, found):
+        return Finding(name, "warning", f"{found}, not tested ({use})", remedy)
+    return Finding(name, "ok", f"{found} ({use})")
 
 
 def _registration() -> Finding:

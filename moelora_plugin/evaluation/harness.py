@@ -15,6 +15,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
@@ -97,6 +98,12 @@ def load_tasks(
             f"Evaluation needs lm-eval, which cannot be imported ({error}); "
             "run pip install 'moelora[eval]'."
         ) from error
+    if not hasattr(TaskManager, "load"):
+        raise MissingDependencyError(
+            f"Evaluation needs lm-eval 0.4.13 or newer, and {version('lm_eval')} is installed; run "
+            "pip install 'moelora[eval]', in an environment of its own where a training program "
+            "pins lm-eval."
+        )
 
     manager = TaskManager(
         include_path=str(files("moelora_eval_tasks")),

@@ -55,6 +55,13 @@ def test_a_missing_package(
     assert "not installed" in finding.detail
 
 
+def test_an_lm_eval_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "version", lambda name: "0.4.11" if name == "lm_eval" else "1.0")
+    assert found("lm_eval").status == "warning"
+    assert found("lm_eval").detail == "0.4.11, not tested (moelora eval)"
+    assert found("lm_eval").remedy == "pip install 'moelora[eval]'"
+
+
 def test_a_peft_outside_the_tested_range(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "version", lambda name: "0.17.0" if name == "peft" else "1.0")
     assert found("peft").status == "warning"

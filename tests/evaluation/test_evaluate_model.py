@@ -18,7 +18,7 @@ from tiny import tiny_llama, tiny_tokenizer
 from moelora_eval_tasks.catalog import GROUPS, PREFIX, TASKS
 from moelora_eval_tasks.loading import load_split
 from moelora_eval_tasks.prompts import render
-from moelora_plugin.errors import ConfigError
+from moelora_plugin.errors import ConfigError, MissingDependencyError
 from moelora_plugin.evaluation import evaluate_model, harness
 
 
@@ -173,3 +173,13 @@ def test_lm_eval_is_quiet_where_there_is_no_repository(
     assert printed.out == ""
     assert "fatal" not in printed.err
     assert "WARNING" not in printed.err
+
+
+def test_an_lm_eval_that_is_too_old_is_named(
+    monkeypatch: pytest.MonkeyPatch, data_dir: str
+) -> None:
+    monkeypatch.delattr("lm_eval.tasks.TaskManager.load")
+    monkeypatch.setattr(harness, "version", lambda name: "0.4.11")
+    message = r"^Evaluation needs lm-eval 0\.4\.13 or newer, and 0\.4\.11 is installed; run pip "
+    with pytest.raises(MissingDependencyError, match=message):
+        harness.load_tasks(["sst2"], data_dir, None, 0)
