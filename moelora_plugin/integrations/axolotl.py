@@ -9,12 +9,11 @@ entry point switched off as well.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
-from typing import Any, get_type_hints
+from typing import Any
 
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from axolotl.loaders.adapter import find_all_linear_names
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from pydantic import BaseModel, create_model, model_validator
 from transformers import set_seed
 
@@ -26,7 +25,7 @@ from ..hf_trainer import optimizer_arguments
 from ..lookup import unknown_name_message
 from ..optim import OPTIMIZERS
 from ..presets import PRESETS
-from .options import adapter_config, refuse_disagreement
+from .options import adapter_config, option_types, refuse_disagreement
 
 ADAPTER = "moelora"
 
@@ -96,10 +95,8 @@ class _Options(BaseModel):
 
 def _options_model() -> type[_Options]:
     """The keys of `moelora:`: MoeLoraConfig's own fields, and `preset`. None means not set."""
-    own = {field.name for field in fields(MoeLoraConfig)} - {f.name for f in fields(PeftConfig)}
-    hints = get_type_hints(MoeLoraConfig)
-    keys: dict[str, Any] = {n: (hints[n] | None, None) for n in sorted(own - {"format_version"})}
-    return create_model("MoeLoraOptions", __base__=_Options, preset=(str | None, None), **keys)
+    keys: dict[str, Any] = {n: (hint | None, None) for n, hint in option_types(()).items()}
+    return create_model("MoeLoraOptions", __base__=_Options, **keys)
 
 
 MoeLoraOptions = _options_model()

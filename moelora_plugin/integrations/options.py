@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
+
+from peft import PeftConfig
 
 from .. import MoeLoraConfig
 from ..errors import ConfigError
 from ..presets import PRESETS
 
 DEFAULT_PRESET = "moe_lora"
+
+
+def option_types(host_words: Iterable[str]) -> dict[str, Any]:
+    """The options that a host has no word for, with their types.
+
+    They come from MoeLoraConfig's fields, so that a new one needs no line in any host's file.
+
+    Args:
+        host_words: fields of MoeLoraConfig that the host has keys of its own for.
+    """
+    inherited = {field.name for field in dataclasses.fields(PeftConfig)}
+    hints = get_type_hints(MoeLoraConfig)
+    own = [field.name for field in dataclasses.fields(MoeLoraConfig)]
+    left_out = {*inherited, *host_words, "format_version"}
+    return {"preset": str, **{name: hints[name] for name in own if name not in left_out}}
 
 
 def adapter_config(

@@ -6,7 +6,11 @@ import pytest
 
 from moelora_plugin import MoeLoraConfig
 from moelora_plugin.errors import ConfigError
-from moelora_plugin.integrations.options import adapter_config, refuse_disagreement
+from moelora_plugin.integrations.options import (
+    adapter_config,
+    option_types,
+    refuse_disagreement,
+)
 
 
 def test_the_preset_first_then_the_host_s_words_then_our_options():
@@ -62,3 +66,9 @@ def test_what_disagrees_is_refused(options, words, message):
     words = {**words, **({"top_k": 2} if "num_experts" in options else {})}
     with pytest.raises(ConfigError, match=message):
         refuse_disagreement(options, words, SAVED, "out", lambda field: f"key_{field}")
+
+
+def test_the_options_of_a_host_are_the_fields_it_has_no_word_for():
+    found = option_types({"r", "target_modules"})
+    assert (found["preset"], found["num_experts"]) == (str, int)
+    assert not {"r", "target_modules", "format_version", "peft_type", "revision"} & set(found)

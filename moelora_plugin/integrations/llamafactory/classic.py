@@ -29,7 +29,7 @@ from peft import PeftConfig, PeftModel
 
 from ... import PRESETS, MoeLoraConfig
 from ...errors import ConfigError
-from ..options import DEFAULT_PRESET, adapter_config, refuse_disagreement
+from ..options import DEFAULT_PRESET, adapter_config, option_types, refuse_disagreement
 
 FINETUNING_TYPE = "moelora"
 PREFIX = "moelora_"
@@ -149,23 +149,16 @@ def extend_arguments() -> None:
 
 @functools.cache
 def _arguments() -> type:
-    """LLaMA-Factory's finetuning arguments with a key for every field of ours that it has none for.
-
-    Made from MoeLoraConfig's fields, so that a new one needs no line here.
-    """
+    """LLaMA-Factory's finetuning arguments with a key for every option it has none for."""
     hosts = {field.name: field for field in dataclasses.fields(FinetuningArguments)}
-    host_hints, hints = get_type_hints(FinetuningArguments), get_type_hints(MoeLoraConfig)
-    known = {field.name for field in dataclasses.fields(PeftConfig)}
-    known |= {*_UNSET_BY_DEFAULT.values(), *_OTHER_WORDS.values()}
-    known |= {"target_modules", "format_version"}
-
-    presets = f"One of {', '.join(PRESETS)} (default: {DEFAULT_PRESET})."
-    fields = [_unset(f"{PREFIX}preset", str | None, presets)]
-    for field in dataclasses.fields(MoeLoraConfig):
-        if field.name not in known:
-            kind = _argument_type(hints[field.name])
-            text = f"{field.name} of MoeLoraConfig (default: the preset's)."
-            fields.append(_unset(f"{PREFIX}{field.name}", kind, text))
+    host_hints = get_type_hints(FinetuningArguments)
+    words = {*_UNSET_BY_DEFAULT.values(), *_OTHER_WORDS.values(), "target_modules"}
+    fields = []
+    for name, hint in option_types(words).items():
+        text = f"{name} of MoeLoraConfig (default: the preset's)."
+        if name == "preset":
+            text = f"One of {', '.join(PRESETS)} (default: {DEFAULT_PRESET})."
+        fields.append(_unset(f"{PREFIX}{name}", _argument_type(hint), text))
     for word in (*_UNSET_BY_DEFAULT, "lora_target"):
         host = hosts[word]
         text = (

@@ -7,9 +7,8 @@ import os
 import sys
 from dataclasses import MISSING, field, fields, make_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin
 
-from peft.config import PeftConfig
 from swift.arguments.tuner_args import TunerArguments
 
 from ...checkpoint import CONFIG_FILE, read_adapter_config
@@ -17,7 +16,7 @@ from ...config import PEFT_TYPE, MoeLoraConfig
 from ...errors import ConfigError
 from ...lookup import nearest
 from ...optim import OPTIMIZERS
-from ..options import adapter_config, refuse_disagreement
+from ..options import adapter_config, option_types, refuse_disagreement
 
 TUNER_TYPE = "moelora"
 PREFIX = "moelora_"
@@ -50,15 +49,6 @@ _REFUSED_BY_OPTIMIZERS = {
 }
 
 
-def _option_types() -> dict[str, Any]:
-    """The options that swift has no arguments for, with types that its parser understands."""
-    inherited = {f.name for f in fields(PeftConfig)}
-    known = {*inherited, *_SWIFT_WORDS, *_FROM_THE_MODEL, "format_version"}
-    hints = get_type_hints(MoeLoraConfig)
-    own = [f.name for f in fields(MoeLoraConfig) if f.name not in known]
-    return {"preset": str | None, **{name: _parser_type(hints[name]) for name in own}}
-
-
 def _parser_type(hint: Any) -> Any:
     for part in get_args(hint):
         if get_origin(part) is list:  # a list, or one of its members alone
@@ -68,7 +58,11 @@ def _parser_type(hint: Any) -> Any:
     return hint | None
 
 
-OPTION_TYPES = _option_types()
+# The options that swift has no arguments for, with types that its parser understands.
+OPTION_TYPES = {
+    name: _parser_type(hint)
+    for name, hint in option_types({*_SWIFT_WORDS, *_FROM_THE_MODEL}).items()
+}
 
 
 class _Checked(TunerArguments):  # type: ignore[misc]
