@@ -236,7 +236,7 @@ def test_a_continued_adapter_trains_as_in_a_loop_by_hand(train, trained, sft_fil
         ({"finetuning_type": "lora"}, "is a mixture of LoRA experts; set finetuning_type: moelora"),
         (
             {"finetuning_type": "moelora", "moelora_preset": "gr_exact", "lora_rank": 2},
-            "The run asks for moelora_gate_rescale: exact, but",
+            "moelora_gate_rescale is 'exact', but",
         ),
     ],
 )
