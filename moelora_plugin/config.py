@@ -12,7 +12,7 @@ from peft.config import PeftConfig
 from peft.utils.peft_types import PeftType
 
 from .errors import ConfigError
-from .lookup import nearest, unknown_name_message
+from .lookup import unknown_key_message, unknown_name_message
 from .presets import PRESETS
 from .types import GateRescale, GateRescaleScope
 
@@ -39,12 +39,7 @@ def _refuse_unknown_keys(cls: C) -> C:
     def checked_init(self: Any, *args: Any, **kwargs: Any) -> None:
         unknown = sorted(set(kwargs) - known)
         if unknown:
-            close = nearest(unknown[0], known)
-            hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
-            raise ConfigError(
-                f"MoeLoraConfig has no key {unknown[0]!r}; {hint}valid keys are "
-                f"{', '.join(sorted(known))}."
-            )
+            raise ConfigError(unknown_key_message("MoeLoraConfig", unknown[0], known))
         generated(self, *args, **kwargs)
 
     # Setting a dunder through setattr keeps the generated signature visible to help() and IDEs.

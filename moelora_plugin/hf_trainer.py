@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .errors import ConfigError
-from .lookup import nearest
+from .lookup import unknown_key_message
 from .optim import OPTIMIZERS, RiemannianAdamW, build_optimizer
 
 _SET_BY = {
@@ -80,11 +80,7 @@ def optimizer_arguments(
         if key in set_by:
             raise ConfigError(f"{source}: {key} is set by {set_by[key]}; remove it.")
         if key not in known:
-            close = nearest(key, known)
-            hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
-            raise ConfigError(
-                f"{source} has no key {key!r}; {hint}valid keys are {', '.join(sorted(known))}."
-            )
+            raise ConfigError(unknown_key_message(source, key, known))
     return {
         key: _value(source, key, value, parameters[key].default) for key, value in options.items()
     }

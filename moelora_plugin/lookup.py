@@ -32,6 +32,14 @@ def unknown_name_message(what: str, name: str, known: Iterable[str]) -> str:
     return f"Unknown {what} {name!r}; known are {', '.join(names)}."
 
 
+def unknown_key_message(where: str, key: str, known: Iterable[str]) -> str:
+    """One sentence for an unknown key: the nearest keys, and all of them."""
+    keys = sorted(known)
+    close = nearest(key, keys)
+    hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
+    return f"{where} has no key {key!r}; {hint}valid keys are {', '.join(keys)}."
+
+
 def lookup(family: str, name: str, table: Mapping[str, T]) -> T:
     """Find the method called `name`.
 
