@@ -63,14 +63,14 @@ def candidates(width: int) -> dict[str, nn.Module | Callable[[torch.Tensor], tor
 
     def loop(x: torch.Tensor) -> torch.Tensor:
         flat = x.flatten(0, -2)
-        gates = layer.moelora_router["default"](flat).weights
+        gates = layer.route(flat, "default").weights
         return layer.base_layer(x) + moe_lora_loop(
             flat,
             layer.moelora_A["default"].weight,
             layer.moelora_B["default"].weight,
             gates,
-            layer.moelora_plan["default"].ranks,
-            layer.moelora_scaling["default"],
+            layer.moelora_mixture["default"].plan.ranks,
+            layer.moelora_mixture["default"].scaling,
             "sqrt",
             "output",
         ).view_as(x)

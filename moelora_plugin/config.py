@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeGuard, TypeVar, get_args
 
 from peft.config import PeftConfig
 from peft.utils.peft_types import PeftType
@@ -21,6 +21,17 @@ FORMAT_VERSION = 1
 
 _GATE_RESCALES = ("auto", *get_args(GateRescale))
 _SCOPES = get_args(GateRescaleScope)
+_UNIVERSAL_EXPERTS = ("none", "one", "complement")
+_MAPPINGS = (
+    "site_kwargs",
+    "router_kwargs",
+    "router_score_kwargs",
+    "router_input_kwargs",
+    "router_modifiers",
+    "expert_kwargs",
+    "allocation_kwargs",
+    "init_kwargs",
+)
 _BIASES = ("none", "all", "moelora_only")
 
 C = TypeVar("C", bound=type)
@@ -55,10 +66,11 @@ class MoeLoraConfig(PeftConfig):
     The defaults are the paper's (arXiv 2502.15828, Table 12): 20 experts of rank 4, 10 selected.
 
     Args:
-        r: rank of one expert, >= 1.
+        r: rank of one expert, >= 1; with `total_rank` the rank of all experts together.
         num_experts: experts per target module, >= 1. One expert is plain LoRA.
         top_k: experts selected per token, 1 <= top_k <= num_experts.
-        lora_alpha: the update is scaled by alpha / r, or alpha / sqrt(r) with `use_rslora`.
+        lora_alpha: the update is scaled by alpha / r, or alpha / sqrt(r) with `use_rslora`; see
+            `scale`.
         lora_dropout: dropout on the experts' input, in [0, 1). The router sees the input undropped.
         target_modules: names (suffix match), one regular expression, or "all-linear"; PEFT's LoRA
             default for the architecture where left out.
@@ -69,12 +81,33 @@ class MoeLoraConfig(PeftConfig):
         trainable_token_indices: rows of the input embedding to train, or those of embeddings by
             name, as in PEFT's LoraConfig.
         bias: "none", "all" or "moelora_only": which of the base's biases train.
-        router: name of the router ("topk"), an entry point of `moelora.routers` or a dotted path.
-        expert: name of the expert kind ("lora").
-        allocation: name of the allocation ("uniform").
-        init: name of the experts' initialisation ("kaiming": A as in LoRA, B zero).
-        aux_losses: coefficient of each auxiliary loss by name ("switch_lb", "z"); the loss is the
-            mean over the adapted layers.
+        site: where a routing decision is taken: "linear" (a router per target module), "block" (one
+            router per feed-forward block, whose experts are whole blocks), "layer" (one per decoder
+            layer, whose experts are the target modules) or "model".
+        site_kwargs: options of the site.
+        router: how logits become gates: a name such as "topk" (see docs/methods.md), an entry point
+            of `moelora.routers` or a dotted path; so are the other parts below.
+        router_kwargs: options of the router, by name; an unknown one is an error that lists them.
+        router_score: where the logits come from ("linear").
+        router_score_kwargs: options of the score.
+        router_input: what is decided about: "token", "sequence", "prompt", "task", "cluster",
+            "none".
+        router_input_kwargs: options of the input.
+        router_modifiers: what changes the router on the way, in this order, by name, like
+            {"temperature": 0.5}.
+        expert: the expert kind ("lora").
+        expert_kwargs: options of the expert kind.
+        universal_expert: one more expert that is always on: "none", "one" (with gate 1) or
+            "complement" (with what the other gates leave of 1).
+        total_rank: split `r` evenly over the experts; alpha / r then takes r as it stands.
+        allocation: how experts and ranks are spread over the modules ("uniform").
+        allocation_kwargs: options of the allocation.
+        init: the experts' initialisation ("kaiming": A as in LoRA, B zero).
+        init_kwargs: options of the initialisation.
+        scale: the LoRA scale: "alpha" (alpha / r), "constant" (alpha) or "goat".
+        aux_losses: coefficient of each auxiliary loss by name, like {"switch_lb": 0.001}, or a
+            mapping of its options with the key "coefficient"; the loss is the mean over the
+            adapted layers.
         gate_rescale: the exponent p of the gates in the experts' backward: "none" (1), "sqrt" (1/2,
             eq. 13), "exact" (0 on selected experts, eq. 11/12), or "auto": `build_optimizer` sets
             it ("sqrt" for grsgd and gradamw, "none" for rsgd and radamw); until then it means
@@ -100,11 +133,25 @@ class MoeLoraConfig(PeftConfig):
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     bias: str = "none"
+    site: str = "linear"
+    site_kwargs: dict[str, Any] = field(default_factory=dict)
     router: str = "topk"
+    router_kwargs: dict[str, Any] = field(default_factory=dict)
+    router_score: str = "linear"
+    router_score_kwargs: dict[str, Any] = field(default_factory=dict)
+    router_input: str = "token"
+    router_input_kwargs: dict[str, Any] = field(default_factory=dict)
+    router_modifiers: dict[str, Any] = field(default_factory=dict)
     expert: str = "lora"
+    expert_kwargs: dict[str, Any] = field(default_factory=dict)
+    universal_expert: str = "none"
+    total_rank: bool = False
     allocation: str = "uniform"
+    allocation_kwargs: dict[str, Any] = field(default_factory=dict)
     init: str = "kaiming"
-    aux_losses: dict[str, float] = field(default_factory=dict)
+    init_kwargs: dict[str, Any] = field(default_factory=dict)
+    scale: str = "alpha"
+    aux_losses: dict[str, Any] = field(default_factory=dict)
     gate_rescale: str = "auto"
     gate_rescale_scope: str = "weights"
     use_rslora: bool = False
@@ -129,6 +176,8 @@ class MoeLoraConfig(PeftConfig):
         self._validate_choice("bias", _BIASES)
         self._validate_choice("gate_rescale", _GATE_RESCALES)
         self._validate_choice("gate_rescale_scope", _SCOPES)
+        self._validate_choice("universal_expert", _UNIVERSAL_EXPERTS)
+        self._validate_mappings()
         self._validate_aux_losses()
         if self.format_version != FORMAT_VERSION:
             raise ConfigError(
@@ -175,11 +224,19 @@ class MoeLoraConfig(PeftConfig):
                 f"aux_losses={self.aux_losses!r} must map names to coefficients, like "
                 "{'switch_lb': 0.001}."
             )
-        for name, coefficient in self.aux_losses.items():
+        for name, value in self.aux_losses.items():
+            coefficient = value.get("coefficient") if isinstance(value, dict) else value
             if not (_is_number(coefficient) and 0 <= coefficient < math.inf):
                 raise ConfigError(
-                    f"aux_losses[{name!r}]={coefficient!r} must be a number of at least 0."
+                    f"aux_losses[{name!r}]={value!r} must be a number of at least 0, or a mapping "
+                    "with such a number as coefficient."
                 )
+
+    def _validate_mappings(self) -> None:
+        for key in _MAPPINGS:
+            value = getattr(self, key)
+            if not isinstance(value, dict) or not all(isinstance(k, str) for k in value):
+                raise ConfigError(f"{key}={value!r} must map names to values.")
 
     def _validate_choice(self, key: str, choices: tuple[str, ...]) -> None:
         value = getattr(self, key)
@@ -187,5 +244,5 @@ class MoeLoraConfig(PeftConfig):
             raise ConfigError(f"{key}={value!r} must be one of {', '.join(map(repr, choices))}.")
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)

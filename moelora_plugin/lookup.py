@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Iterable, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import entry_points
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from .errors import ConfigError
 
@@ -65,6 +66,37 @@ def lookup(family: str, name: str, table: Mapping[str, T]) -> T:
             raise ConfigError(f"Cannot import {_singular(family)} {name!r}: {error}.") from error
         return found
     raise ConfigError(unknown_name_message(_singular(family), name, table))
+
+
+def with_options(key: str, method: Callable[..., T], options: Mapping[str, Any], *args: Any) -> T:
+    """Call a method with its part of the configuration.
+
+    Args:
+        key: the configuration's key that the options stand under ("router_kwargs").
+        method: what `lookup` found.
+        options: the value of that key.
+        *args: what every method of the family is given.
+
+    Raises:
+        ConfigError: an option that the method does not have.
+    """
+    check_options(key, method, options)
+    return method(*args, **options)
+
+
+def check_options(key: str, method: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """A method's options are its keyword-only parameters; refuse others.
+
+    Raises:
+        ConfigError: an option that the method does not have.
+    """
+    parameters = inspect.signature(method).parameters.values()
+    known = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    unknown = sorted(set(options) - set(known))
+    if unknown and not known:
+        raise ConfigError(f"{key} has no key {unknown[0]!r}: this method has no options.")
+    if unknown:
+        raise ConfigError(unknown_key_message(key, unknown[0], known))
 
 
 def _singular(family: str) -> str:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any, cast
 
+from accelerate import init_empty_weights
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -11,11 +15,13 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .allocation import ALLOCATIONS
+from .call import Call
 from .config import MoeLoraConfig
 from .errors import ConfigError
-from .layers import AuxLosses, MoeLoraLinear
-from .lookup import lookup
-from .types import GateRescale
+from .layers import AuxLosses, MoeLoraLinear, RoutedLayer, Shared
+from .layers.sites import SITES, Site
+from .lookup import lookup, with_options
+from .types import GateRescale, Place
 
 
 class MoeLoraModel(BaseTuner):
@@ -33,8 +39,13 @@ class MoeLoraModel(BaseTuner):
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         # The constructor injects the first adapter, whose layers share this.
-        self.aux_losses = AuxLosses()
+        self.shared = Shared()
         super().__init__(model, *args, **kwargs)
+
+    @property
+    def aux_losses(self) -> AuxLosses:
+        """How much auxiliary losses weigh."""
+        return self.shared.aux_losses
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The adapted model's; called, where PEFT before 0.21 bypasses the model's hooks."""
@@ -43,13 +54,29 @@ class MoeLoraModel(BaseTuner):
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        """PEFT's own; then the layers are counted that share the adapter's auxiliary losses."""
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        self.aux_losses.num_layers[adapter_name] = sum(
-            adapter_name in layer.moelora_A for layer in moelora_layers(model).values()
+        """PEFT's own; then what the adapter's layers share is set up."""
+        tuned = [n for n, m in model.named_modules() if isinstance(m, MoeLoraLinear)]
+        self._places = places(
+            name
+            for name, _ in model.named_modules()
+            if name and not any(name.startswith(f"{inside}.") for inside in tuned)
         )
-        if self.config_of(adapter_name).aux_losses:
-            self.aux_losses.watch(model)
+        self._site: Site | None = None
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        empty = kwargs.get("low_cpu_mem_usage", False)
+        with init_empty_weights() if empty else nullcontext():
+            if self._site is not None:
+                self._site.connect(model, adapter_name, self.shared)
+        self.aux_losses.num_layers[adapter_name] = sum(
+            adapter_name in layer.moelora_router for layer in routed_layers(model).values()
+        )
+        if not self.shared.call.before_call:
+            self.shared.call.before_call.append(self._before_call)
+        self.shared.call.watch(model)
+
+    def _before_call(self, call: Call) -> None:
+        for layer in routed_layers(self.model).values():
+            layer.before_call()
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         """Say what is wrong with the base before PEFT says less, or nothing."""
@@ -81,14 +108,42 @@ class MoeLoraModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         assert isinstance(peft_config, MoeLoraConfig)
-        plan = lookup("allocations", peft_config.allocation, ALLOCATIONS)(peft_config, current_key)
+        place = self._places[current_key]
+        plan = with_options(
+            "allocation_kwargs",
+            lookup("allocations", peft_config.allocation, ALLOCATIONS),
+            peft_config.allocation_kwargs,
+            peft_config,
+            place,
+        )
+        site = self._site_of(peft_config)
+        plan, router_plan = site.expert_plan(place, plan), site.router_plan(place, plan)
         if isinstance(target, MoeLoraLinear):
-            target.update_layer(adapter_name, peft_config, plan)
+            target.update_layer(adapter_name, peft_config, plan, router_plan, current_key)
             return
-        layer = MoeLoraLinear(target, adapter_name, peft_config, plan, self.aux_losses)
+        layer = MoeLoraLinear(
+            target, adapter_name, peft_config, plan, self.shared, router_plan, current_key
+        )
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # a further adapter does not train until it is made active
         self._replace_module(parent, target_name, layer, target)
+
+    def _site_of(self, config: MoeLoraConfig) -> Site:
+        """The site of the adapter that is being injected; made at its first target module."""
+        if self._site is None:
+            targets = [
+                place
+                for name, place in self._places.items()
+                if self._check_target_module_exists(config, name)
+            ]
+            self._site = with_options(
+                "site_kwargs",
+                lookup("sites", config.site, SITES),
+                config.site_kwargs,
+                config,
+                targets,
+            )
+        return self._site
 
     def config_of(self, adapter: str) -> MoeLoraConfig:
         """The adapter's configuration."""
@@ -106,6 +161,33 @@ def moelora_layers(model: nn.Module) -> dict[str, MoeLoraLinear]:
     """Every adapted module by its name in `model`."""
     return {
         name: module for name, module in model.named_modules() if isinstance(module, MoeLoraLinear)
+    }
+
+
+def routed_layers(model: nn.Module) -> dict[str, RoutedLayer]:
+    """Every module with a router by its name in `model`."""
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, RoutedLayer)
+    }
+
+
+def places(names: Iterable[str]) -> dict[str, Place]:
+    """Where each of a model's modules is: in which decoder layer, of how many.
+
+    A layer list is what has numbered children; the first number in a name counts, so that a vision
+    tower's layers and a language model's are counted apart.
+    """
+    found: dict[str, tuple[str, int] | None] = {}
+    lengths: dict[str, int] = {}
+    for name in names:
+        match = re.search(r"(?:^|\.)(\d+)\.", name)
+        found[name] = (name[: match.start()], int(match[1])) if match else None
+        if match:
+            stem = name[: match.start()]
+            lengths[stem] = max(lengths.get(stem, 0), int(match[1]) + 1)
+    return {
+        name: Place(name) if at is None else Place(name, at[1], lengths[at[0]])
+        for name, at in found.items()
     }
 
 

@@ -38,7 +38,7 @@ class AuxLossCallback(TrainerCallback):
     ) -> None:
         """Find the layers that have auxiliary losses; there are none unless our tuner is there."""
         tuners = sys.modules.get(f"{__package__}.model")
-        layers = [] if tuners is None else tuners.moelora_layers(model).values()
+        layers = [] if tuners is None else tuners.routed_layers(model).values()
         self._layers = [layer for layer in layers if any(layer.moelora_aux_losses.values())]
         if self._layers and args.fp16 and _deepspeed_config() is not None:
             raise ConfigError(

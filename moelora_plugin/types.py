@@ -6,7 +6,8 @@ Shape suffixes: T tokens, E experts, K selected experts.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 GateRescale = Literal["none", "sqrt", "exact"]
 GateRescaleScope = Literal["weights", "output"]
+Shared = Literal["none", "a", "b"]
 OptimizerName = Literal["rsgd", "grsgd", "radamw", "gradamw"]
 
 
@@ -25,14 +27,15 @@ class LayerPlan:
         num_experts: E.
         top_k: experts selected for a token.
         ranks: rank of each expert; R is their sum.
-        alpha: LoRA alpha; the update is scaled by alpha / r (or alpha / sqrt(r) with rsLoRA), r
-            being the mean rank of the experts.
+        alpha: LoRA alpha.
+        scale_rank: r in alpha / r; the mean rank of the experts where left out.
     """
 
     num_experts: int
     top_k: int
     ranks: tuple[int, ...]
     alpha: float
+    scale_rank: float | None = None
 
     @property
     def total_rank(self) -> int:
@@ -44,10 +47,18 @@ class LayerPlan:
         """Whether every expert has the same rank."""
         return len(set(self.ranks)) == 1
 
+    def with_universal(self) -> LayerPlan:
+        """The same with one more expert, of the first one's rank."""
+        return replace(self, num_experts=self.num_experts + 1, ranks=(*self.ranks, self.ranks[0]))
+
+    @property
+    def mean_rank(self) -> float:
+        """The r that the scale divides by."""
+        return self.scale_rank or self.total_rank / self.num_experts
+
     def scaling(self, use_rslora: bool = False) -> float:
-        """The LoRA scale s."""
-        rank = self.total_rank / self.num_experts
-        return self.alpha / (math.sqrt(rank) if use_rslora else rank)
+        """LoRA's own scale s: alpha / r, or alpha / sqrt(r) with rsLoRA."""
+        return self.alpha / (math.sqrt(self.mean_rank) if use_rslora else self.mean_rank)
 
 
 @dataclass(frozen=True)
@@ -59,26 +70,118 @@ class Routing:
         probs: distribution over all experts (T, E), fp32 or wider.
         weights: gates after selection (T, E), zeros for experts that were not selected.
         expert_ids: the selected experts (T, K) where the router selects, else None.
+        extras: further tensors (T, ...) that a router offers to losses, by name.
     """
 
     logits: torch.Tensor
     probs: torch.Tensor
     weights: torch.Tensor
     expert_ids: torch.Tensor | None = None
+    extras: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def rows(self, index: torch.Tensor) -> Routing:
+        """The decisions of the rows `index`, for example one row per sequence spread to tokens."""
+        return self._map(lambda tensor: tensor.index_select(0, index))
+
+    def detach(self) -> Routing:
+        """The same without a graph."""
+        return self._map(lambda tensor: tensor.detach())
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Routing:
+        return replace(
+            self,
+            logits=function(self.logits),
+            probs=function(self.probs),
+            weights=function(self.weights),
+            expert_ids=None if self.expert_ids is None else function(self.expert_ids),
+            extras={name: function(tensor) for name, tensor in self.extras.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a router decides about: tokens, sequences or ids. N rows.
+
+    Attributes:
+        x: features of each row (N, in), or None where the decision does not read the input.
+        ids: task or cluster of each row (N,), where the router's input is one.
+        real: True where a row is not padding (N,); None where all are.
+        batch: the rows are those of `batch` sequences of equal length, in order.
+        row_of_token: for each token its row (T,); None where every token is its own row.
+    """
+
+    x: torch.Tensor | None
+    ids: torch.Tensor | None = None
+    real: torch.Tensor | None = None
+    batch: int = 1
+    row_of_token: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Gates:
+    """How the experts of a layer are mixed for T tokens.
+
+    Attributes:
+        weights: (T, E), zero for experts that were not selected.
+        scaling: LoRA scale s.
+        rescale: the exponent p of the gates in the experts' backward.
+        scope: what x receives in the backward.
+        surrogate: (T, E): what A and B see in place of the gates, where that is not weights^p.
+    """
+
+    weights: torch.Tensor
+    scaling: float
+    rescale: GateRescale = "none"
+    scope: GateRescaleScope = "weights"
+    surrogate: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ExpertInput:
+    """What the experts of a linear work on.
+
+    Attributes:
+        x: (T, in), dropout applied.
+        base_output: what the base made of the undropped x (T, out).
+        base_weight: gives the base's weight (out, in); raises where it is quantised.
+    """
+
+    x: torch.Tensor
+    base_output: torch.Tensor
+    base_weight: Callable[[], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in the model a target module is.
+
+    Attributes:
+        name: its full name.
+        layer: index of its decoder layer; None outside of any.
+        num_layers: how many such layers the model has.
+    """
+
+    name: str
+    layer: int | None = None
+    num_layers: int = 0
 
 
 @dataclass(frozen=True)
 class ExpertPair:
     """The factors of one layer's experts, as the Riemannian optimizers take them.
 
+    A factor that is frozen (a buffer) still gives its partner's metric.
+
     Attributes:
-        a: stacked A (R, in).
-        b: stacked B (out, R).
+        a: stacked A (R, in), or one A (r, in) that all experts share.
+        b: stacked B (out, R), or one B (out, r) that all experts share.
         ranks: rank of each expert.
         scaling: LoRA scale s.
+        shared: which factor the experts share.
     """
 
-    a: torch.nn.Parameter
-    b: torch.nn.Parameter
+    a: torch.Tensor
+    b: torch.Tensor
     ranks: tuple[int, ...]
     scaling: float
+    shared: Shared = "none"

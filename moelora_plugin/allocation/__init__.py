@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING
 from .uniform import uniform
 
 if TYPE_CHECKING:
-    from ..config import MoeLoraConfig
     from ..types import LayerPlan
 
-ALLOCATIONS: dict[str, Callable[[MoeLoraConfig, str], LayerPlan]] = {
+# (config, place) -> the module's experts. Options are keyword-only parameters and stand under
+# `allocation_kwargs`.
+Allocation = Callable[..., "LayerPlan"]
+
+ALLOCATIONS: dict[str, Allocation] = {
     "uniform": uniform,
 }
 
-__all__ = ["ALLOCATIONS", "uniform"]
+__all__ = ["ALLOCATIONS", "Allocation", "uniform"]

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers.aux_loss import real_tokens
-from ..model import moelora_layers
+from ..call import read_call
+from ..model import routed_layers
 from ..types import Routing
 
 
@@ -102,7 +102,7 @@ def routing_statistics(model: nn.Module, adapter: str = "default") -> Iterator[R
         model: a model with MoE-LoRA layers, wrapped or not.
         adapter: whose routers.
     """
-    layers = moelora_layers(model)
+    layers = routed_layers(model)
     stats = RoutingStatistics()
     base = _base_of(model)
 
@@ -112,7 +112,7 @@ def routing_statistics(model: nn.Module, adapter: str = "default") -> Iterator[R
             layer.last_routing.clear()
 
     def count(module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
-        real_T = real_tokens(module, args, kwargs)
+        real_T = read_call(module, args, kwargs, {}).real_T
         real_T = None if real_T is None else real_T.cpu()
         for name, layer in layers.items():
             routing = layer.last_routing.pop(adapter, None)

@@ -118,7 +118,7 @@ def inspect_adapter(path: Path | str) -> AdapterSummary:
             f"{PEFT_TYPE} only."
         )
     digest = verify_weights(folder)
-    modules: Counter[str] = Counter()
+    adapted: set[str] = set()
     experts = routers = 0
     dtypes = set()
     with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
@@ -129,16 +129,15 @@ def inspect_adapter(path: Path | str) -> AdapterSummary:
             module, found, parameter = key.partition(".moelora_")
             if not found:
                 continue
-            if parameter == "A.weight":
-                modules[module.rpartition(".")[2]] += 1
-            if parameter.startswith("router"):
+            if parameter.startswith(("gate", "router", "modifiers")):
                 routers += size
             else:
                 experts += size
+                adapted.add(module)
     return AdapterSummary(
         path=folder,
         config=MoeLoraConfig.from_pretrained(str(folder)),
-        modules=dict(modules),
+        modules=dict(Counter(name.rpartition(".")[2] for name in sorted(adapted))),
         expert_parameters=experts,
         router_parameters=routers,
         dtypes=tuple(sorted(dtypes)),

@@ -48,5 +48,5 @@ def _must_change(model: Any) -> bool:
         all(bool(a.any()) and bool(b.any()) for a, b in layer.expert_weights(adapter))
         for layer in moelora_layers(model).values()
         for adapter in getattr(model, "active_adapters", [])
-        if adapter in layer.moelora_A
+        if adapter in layer.moelora_mixture
     )

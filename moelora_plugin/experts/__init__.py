@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from .base import ExpertKind
+from .base import ExpertKind, Tensors
 from .lora import LoraExperts
 
-EXPERTS: dict[str, ExpertKind] = {
-    "lora": LoraExperts(),
+EXPERTS: dict[str, type[ExpertKind]] = {
+    "lora": LoraExperts,
 }
 
-__all__ = ["EXPERTS", "ExpertKind", "LoraExperts"]
+__all__ = ["EXPERTS", "ExpertKind", "LoraExperts", "Tensors"]

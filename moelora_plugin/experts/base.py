@@ -1,4 +1,4 @@
-"""What every expert kind is: stateless functions of the parameters that the layer owns.
+"""What every expert kind is: functions of the tensors that the layer owns.
 
 Shape suffixes: T tokens, I in, O out, E experts, R total rank.
 """
@@ -6,41 +6,69 @@ Shape suffixes: T tokens, I in, O out, E experts, R total rank.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 
 from torch import Tensor
 
-from ..types import GateRescale, GateRescaleScope, LayerPlan
+from ..errors import ExportError
+from ..types import ExpertInput, ExpertPair, Gates, LayerPlan
+
+# The experts' tensors by name. "A" and "B" are the factors; a kind may have others, or only some.
+Tensors = Mapping[str, Tensor]
 
 
 class ExpertKind(ABC):
-    """How A and B are shaped, mixed, taken apart and folded into one weight."""
+    """How a layer's experts are shaped, mixed, taken apart and folded into one weight.
+
+    One object belongs to one layer and adapter. Options are keyword-only parameters of the
+    constructor and stand under `expert_kwargs`.
+
+    Attributes:
+        frozen: names of tensors that do not train; the layer keeps them as buffers, saved with the
+            adapter.
+
+    Args:
+        plan: the layer's experts.
+        in_features: I.
+        out_features: O.
+    """
+
+    frozen: frozenset[str] = frozenset()
+
+    def __init__(self, plan: LayerPlan, in_features: int, out_features: int) -> None:
+        self.plan = plan
+        self.in_features = in_features
+        self.out_features = out_features
 
     @abstractmethod
-    def shapes(
-        self, plan: LayerPlan, in_features: int, out_features: int
-    ) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Shapes of A and B."""
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each tensor by name."""
+
+    def reset(self, tensors: Tensors) -> None:  # noqa: B027 - most kinds have nothing else
+        """Initialise, in place, what the configured initialisation does not: all but A and B.
+
+        Runs before the initialisation, so a kind may also lay down a frozen A here.
+        """
 
     @abstractmethod
-    def update(
-        self,
-        x_TI: Tensor,
-        a: Tensor,
-        b: Tensor,
-        weights_TE: Tensor,
-        plan: LayerPlan,
-        scaling: float,
-        gate_rescale: GateRescale,
-        gate_rescale_scope: GateRescaleScope,
-    ) -> Tensor:
-        """The mixture's update (T, O); x has dropout applied."""
+    def update(self, tensors: Tensors, inputs: ExpertInput, gates: Gates) -> Tensor:
+        """The mixture's update (T, O)."""
 
     @abstractmethod
-    def split(self, a: Tensor, b: Tensor, plan: LayerPlan) -> list[tuple[Tensor, Tensor]]:
-        """Views (A_i, B_i), one pair per expert."""
+    def split(self, tensors: Tensors) -> list[tuple[Tensor, Tensor]]:
+        """Views (A_i, B_i), one pair per expert; a shared factor is in every pair."""
 
-    @abstractmethod
-    def static_update(
-        self, a: Tensor, b: Tensor, weights_E: Tensor, plan: LayerPlan, scaling: float
-    ) -> Tensor:
-        """The weight update (O, I) for gates that do not depend on the input."""
+    def static_update(self, tensors: Tensors, weights_E: Tensor, scaling: float) -> Tensor:
+        """The weight update (O, I) for gates that do not depend on the input.
+
+        Raises:
+            ExportError: this kind is no update of the weight.
+        """
+        raise ExportError(
+            f"{type(self).__name__} is no sum of low-rank updates, so it cannot be merged; serve "
+            "the adapter unmerged."
+        )
+
+    def pairs(self, tensors: Tensors, scaling: float) -> list[ExpertPair]:
+        """The factors that have Riemannian metrics; what is in none trains as it is."""
+        return []

@@ -11,50 +11,40 @@ import torch
 from torch import Tensor
 
 from ..ops.rank_gated import rank_gated
-from ..types import GateRescale, GateRescaleScope, LayerPlan
-from .base import ExpertKind
+from ..types import ExpertInput, ExpertPair, Gates
+from .base import ExpertKind, Tensors
 
 
 class LoraExperts(ExpertKind):
     """E_i(x) = s B_i A_i x (arXiv 2502.15828, eq. 8)."""
 
-    def shapes(
-        self, plan: LayerPlan, in_features: int, out_features: int
-    ) -> tuple[tuple[int, int], tuple[int, int]]:
+    def shapes(self) -> dict[str, tuple[int, ...]]:
         """A is (R, I), B is (O, R)."""
-        return (plan.total_rank, in_features), (out_features, plan.total_rank)
+        rank = self.plan.total_rank
+        return {"A": (rank, self.in_features), "B": (self.out_features, rank)}
 
-    def update(
-        self,
-        x_TI: Tensor,
-        a: Tensor,
-        b: Tensor,
-        weights_TE: Tensor,
-        plan: LayerPlan,
-        scaling: float,
-        gate_rescale: GateRescale,
-        gate_rescale_scope: GateRescaleScope,
-    ) -> Tensor:
+    def update(self, tensors: Tensors, inputs: ExpertInput, gates: Gates) -> Tensor:
         """`ops.rank_gated`: two products for all experts together."""
-        owners = None if plan.is_uniform else _expert_of_rank(plan.ranks, x_TI.device)
-        return rank_gated(x_TI, a, b, weights_TE, scaling, gate_rescale, gate_rescale_scope, owners)
+        owners = None if self.plan.is_uniform else self._expert_of_rank(inputs.x.device)
+        return rank_gated(inputs.x, tensors["A"], tensors["B"], gates, owners)
 
-    def split(self, a: Tensor, b: Tensor, plan: LayerPlan) -> list[tuple[Tensor, Tensor]]:
+    def split(self, tensors: Tensors) -> list[tuple[Tensor, Tensor]]:
         """Views (A_i (r_i, I), B_i (O, r_i))."""
-        stops = list(accumulate(plan.ranks))
-        blocks = [slice(stop - rank, stop) for stop, rank in zip(stops, plan.ranks, strict=True)]
-        return [(a[block], b[:, block]) for block in blocks]
+        ranks = self.plan.ranks
+        stops = list(accumulate(ranks))
+        blocks = [slice(stop - rank, stop) for stop, rank in zip(stops, ranks, strict=True)]
+        return [(tensors["A"][block], tensors["B"][:, block]) for block in blocks]
 
-    def static_update(
-        self, a: Tensor, b: Tensor, weights_E: Tensor, plan: LayerPlan, scaling: float
-    ) -> Tensor:
+    def static_update(self, tensors: Tensors, weights_E: Tensor, scaling: float) -> Tensor:
         """S * B diag(spread(g)) A."""
-        owners = _expert_of_rank(plan.ranks, a.device)
-        return (b * weights_E.to(b.dtype)[owners]) @ a * scaling
+        a, b = tensors["A"], tensors["B"]
+        return (b * weights_E.to(b.dtype)[self._expert_of_rank(a.device)]) @ a * scaling
 
+    def pairs(self, tensors: Tensors, scaling: float) -> list[ExpertPair]:
+        """One pair, with one metric per expert."""
+        return [ExpertPair(tensors["A"], tensors["B"], self.plan.ranks, scaling)]
 
-def _expert_of_rank(ranks: tuple[int, ...], device: torch.device) -> Tensor:
-    """The expert that owns each rank (R,)."""
-    return torch.tensor(
-        [expert for expert, rank in enumerate(ranks) for _ in range(rank)], device=device
-    )
+    def _expert_of_rank(self, device: torch.device) -> Tensor:
+        """The expert that owns each rank (R,)."""
+        ranks = enumerate(self.plan.ranks)
+        return torch.tensor([e for e, rank in ranks for _ in range(rank)], device=device)

@@ -123,7 +123,7 @@ def _mean_gates(
                 f"The gates of {name} are not finite numbers on all of the calibration text, so "
                 "they have no mean; the adapter seems broken."
             )
-        gates[name] = layer.factors("default")[0].new_tensor(counts.summary()["weight"])
+        gates[name] = next(iter(layer.tensors().values())).new_tensor(counts.summary()["weight"])
     return gates
 
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from .base import Initialization, InitInput
+from .kaiming import Kaiming
 
-from torch import Tensor
-
-from .kaiming import kaiming
-
-INITIALIZATIONS: dict[str, Callable[[Tensor, Tensor], None]] = {
-    "kaiming": kaiming,
+INITIALIZATIONS: dict[str, type[Initialization]] = {
+    "kaiming": Kaiming,
 }
 
-__all__ = ["INITIALIZATIONS", "kaiming"]
+__all__ = ["INITIALIZATIONS", "InitInput", "Initialization", "Kaiming"]

@@ -7,14 +7,21 @@ from __future__ import annotations
 
 import math
 
-from torch import Tensor, nn
+from torch import nn
+
+from .base import Initialization, InitInput
 
 
-def kaiming(a_RI: Tensor, b_OR: Tensor) -> None:
-    """A uniform in (-1/sqrt(I), 1/sqrt(I)), B zero, in place.
+class Kaiming(Initialization):
+    """A uniform in (-1/sqrt(I), 1/sqrt(I)), B zero.
 
     The bound depends on I alone, so drawing the stacked A at once gives each expert LoRA's own
     distribution.
     """
-    nn.init.kaiming_uniform_(a_RI, a=math.sqrt(5))
-    nn.init.zeros_(b_OR)
+
+    def __call__(self, inputs: InitInput) -> None:
+        """Fill A and B in place, where there are such."""
+        if "A" in inputs.tensors:
+            nn.init.kaiming_uniform_(inputs.tensors["A"], a=math.sqrt(5))
+        if "B" in inputs.tensors:
+            nn.init.zeros_(inputs.tensors["B"])

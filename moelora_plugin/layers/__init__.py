@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .aux_loss import AuxLosses
-from .linear import MoeLoraLinear
+from .linear import GateSource, MoeLoraLinear
+from .routed import RoutedLayer, Shared
 
-__all__ = ["AuxLosses", "MoeLoraLinear"]
+__all__ = ["AuxLosses", "GateSource", "MoeLoraLinear", "RoutedLayer", "Shared"]

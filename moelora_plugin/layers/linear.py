@@ -5,58 +5,109 @@ Shape suffixes: T tokens, I in, O out, E experts.
 
 from __future__ import annotations
 
+import functools
 import warnings
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.tuners.tuners_utils import _get_in_out_features, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..config import MoeLoraConfig
 from ..errors import ConfigError, ExportError
 from ..experts import EXPERTS, ExpertKind
-from ..initialization import INITIALIZATIONS
-from ..lookup import lookup
-from ..routers import ROUTERS, Router
-from ..types import ExpertPair, GateRescale, GateRescaleScope, LayerPlan, Routing
-from .aux_loss import AuxLosses, WeightedLoss, weighted_losses
+from ..initialization import INITIALIZATIONS, InitInput
+from ..lookup import lookup, with_options
+from ..losses import LossInput
+from ..scaling import scale_of
+from ..types import (
+    ExpertInput,
+    ExpertPair,
+    GateRescale,
+    GateRescaleScope,
+    Gates,
+    LayerPlan,
+    Routing,
+)
+from .routed import RoutedLayer, Shared
 
 # These have in and out features that PEFT can read but do not compute x W^T.
 _NOT_LINEAR = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
 
 
-class Factor(nn.Module):
-    """A parameter as a module, so that its name has the adapter between dots, as PEFT's own have.
+class Factors(nn.Module):
+    """Tensors as a module, so that their names have the adapter between dots, as PEFT's own have.
 
     TRL finds the parameters of an adapter by ".default." where it makes a copy as the reference.
+    A frozen tensor is a buffer: it is saved, and nothing sets its requires_grad.
     """
 
-    def __init__(self, shape: tuple[int, int]) -> None:
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], frozen: frozenset[str]) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(shape))
+        for name, shape in shapes.items():
+            if name in frozen:
+                self.register_buffer(name, torch.empty(shape))
+            else:
+                self.register_parameter(name, nn.Parameter(torch.empty(shape)))
 
 
-class MoeLoraLinear(nn.Module, BaseTunerLayer):
-    """base(x) + s * sum_i g_i(x) B_i A_i dropout(x)     (arXiv 2502.15828, eq. 8).
+@dataclass(frozen=True)
+class Mixture:
+    """What does not train of one adapter in one linear.
+
+    Attributes:
+        plan: its experts, the universal one included.
+        experts: their kind.
+        scaling: LoRA scale s.
+        scope: what x receives in the backward.
+        universal: how the universal expert is weighed, or "none".
+    """
+
+    plan: LayerPlan
+    experts: ExpertKind
+    scaling: float
+    scope: GateRescaleScope
+    universal: str
+
+
+class GateSource:
+    """Gates of a linear that come from elsewhere: from its block, its layer or the model."""
+
+    def gates(self, linear: MoeLoraLinear, adapter: str, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The gates (T, E) of this linear's experts for x (..., in); their surrogate or None."""
+        raise NotImplementedError
+
+    def fixed_weights(self, linear: MoeLoraLinear, adapter: str) -> Tensor | None:
+        """The gates (E,) where they ignore the input; else None."""
+        return None
+
+
+class MoeLoraLinear(RoutedLayer):
+    """base(x) + s * sum_i g_i(x) E_i(dropout(x))     (arXiv 2502.15828, eq. 8).
 
     The base is any module that maps (..., in) to (..., out) and whose features PEFT can read:
     nn.Linear, transformers' Conv1D, a quantised linear. Only its forward is called.
 
     Modules are keyed by adapter name: `moelora_A` and `moelora_B`, whose `weight` is the stacked
-    A (R, in) and B (out, R), and `moelora_router`.
+    A (R, in) and B (out, R) where the expert kind has them, `moelora_extra` for what else it has,
+    and the router's (see `RoutedLayer`).
     """
 
-    adapter_layer_names = ("moelora_A", "moelora_B", "moelora_router")
+    adapter_layer_names = (
+        "moelora_A",
+        "moelora_B",
+        "moelora_extra",
+        *RoutedLayer.router_layer_names,
+    )
     other_param_names = (
         "moelora_dropout",
-        "moelora_plan",
-        "moelora_scaling",
-        "moelora_expert",
+        "moelora_mixture",
         "moelora_gate_rescale",
-        "moelora_gate_rescale_scope",
-        "moelora_aux_losses",
+        "moelora_gate_source",
+        *RoutedLayer.router_param_names,
     )
 
     def __init__(
@@ -65,126 +116,235 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
         adapter_name: str,
         config: MoeLoraConfig,
         plan: LayerPlan,
-        aux_losses: AuxLosses,
+        shared: Shared,
+        router_plan: LayerPlan | None,
+        module_name: str = "",
     ) -> None:
-        super().__init__()
+        super().__init__(shared)
         self.base_layer = base_layer
-        self.aux_losses = aux_losses
         self.in_features, self.out_features = _features(self.get_base_layer())
         self.moelora_A = nn.ModuleDict()
         self.moelora_B = nn.ModuleDict()
-        self.moelora_router = nn.ModuleDict()
+        self.moelora_extra = nn.ModuleDict()
         self.moelora_dropout = nn.ModuleDict()
-        self.moelora_plan: dict[str, LayerPlan] = {}
-        self.moelora_scaling: dict[str, float] = {}
-        self.moelora_expert: dict[str, ExpertKind] = {}
+        self.moelora_mixture: dict[str, Mixture] = {}
         self.moelora_gate_rescale: dict[str, GateRescale] = {}
-        self.moelora_gate_rescale_scope: dict[str, GateRescaleScope] = {}
-        self.moelora_aux_losses: dict[str, tuple[WeightedLoss, ...]] = {}
-        self._disable_adapters = False
+        # Adapters whose gates come from elsewhere; the others have a router here.
+        self.moelora_gate_source: dict[str, GateSource] = {}
         self._active_adapter = adapter_name
-        self.merged_adapters = []
-        # Kept only while `analysis.routing_statistics` (or whoever sets the flag) asks for it.
-        self.record_routing = False
-        self.last_routing: dict[str, Routing] = {}
-        # Each loss of the last micro-batch before its coefficient, by adapter; for the log.
-        self.last_aux_losses: dict[str, dict[str, Tensor]] = {}
-        self.update_layer(adapter_name, config, plan)
+        self.update_layer(adapter_name, config, plan, router_plan, module_name)
 
-    def update_layer(self, adapter_name: str, config: MoeLoraConfig, plan: LayerPlan) -> None:
-        """Add an adapter: create, initialise and place its parameters."""
-        expert = lookup("experts", config.expert, EXPERTS)
-        a_shape, b_shape = expert.shapes(plan, self.in_features, self.out_features)
-        self.moelora_plan[adapter_name] = plan
-        self.moelora_scaling[adapter_name] = plan.scaling(config.use_rslora)
-        self.moelora_expert[adapter_name] = expert
+    def update_layer(
+        self,
+        adapter_name: str,
+        config: MoeLoraConfig,
+        plan: LayerPlan,
+        router_plan: LayerPlan | None,
+        module_name: str = "",
+    ) -> None:
+        """Add an adapter: create, initialise and place its parameters.
+
+        Args:
+            adapter_name: its name.
+            config: its configuration.
+            plan: this module's experts.
+            router_plan: what a router here decides about; without one a `GateSource` must be set.
+            module_name: the module's full name, for initialisations that look something up.
+        """
+        if router_plan is not None:
+            self.add_router(adapter_name, config, router_plan, self.in_features)
+        scaling = scale_of(config, plan, self.in_features)
+        if config.universal_expert != "none":
+            plan = plan.with_universal()
+        experts = with_options(
+            "expert_kwargs",
+            lookup("experts", config.expert, EXPERTS),
+            config.expert_kwargs,
+            plan,
+            self.in_features,
+            self.out_features,
+        )
+        self.moelora_mixture[adapter_name] = Mixture(
+            plan,
+            experts,
+            scaling,
+            cast(GateRescaleScope, config.gate_rescale_scope),
+            config.universal_expert,
+        )
         # "auto" waits for build_optimizer; until then the gradient is the ordinary one.
         mode = "none" if config.gate_rescale == "auto" else config.gate_rescale
         self.moelora_gate_rescale[adapter_name] = cast(GateRescale, mode)
-        self.moelora_gate_rescale_scope[adapter_name] = cast(
-            GateRescaleScope, config.gate_rescale_scope
-        )
-        self.moelora_aux_losses[adapter_name] = weighted_losses(config.aux_losses)
-        self.moelora_A[adapter_name] = Factor(a_shape)
-        self.moelora_B[adapter_name] = Factor(b_shape)
-        self.moelora_router[adapter_name] = lookup("routers", config.router, ROUTERS)(
-            self.in_features, plan
-        )
         self.moelora_dropout[adapter_name] = (
             nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         )
-        initialize = lookup("initializations", config.init, INITIALIZATIONS)
-        initialize(*self.factors(adapter_name))
+        self._add_tensors(adapter_name, config, module_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _add_tensors(self, adapter: str, config: MoeLoraConfig, module_name: str) -> None:
+        mixture = self.moelora_mixture[adapter]
+        experts, plan = mixture.experts, mixture.plan
+        initialize = with_options(
+            "init_kwargs",
+            lookup("initializations", config.init, INITIALIZATIONS),
+            config.init_kwargs,
+        )
+        shapes, frozen = experts.shapes(), experts.frozen
+        for name, container in (("A", self.moelora_A), ("B", self.moelora_B)):
+            if name in shapes:
+                is_frozen = frozenset({"weight"} if name in frozen else ())
+                container[adapter] = Factors({"weight": shapes[name]}, is_frozen)
+        extra = {name: shape for name, shape in shapes.items() if name not in ("A", "B")}
+        offset_rank = initialize.offset_rank(plan)
+        if offset_rank:
+            extra["offset_A"] = (offset_rank, self.in_features)
+            extra["offset_B"] = (self.out_features, offset_rank)
+        if extra:
+            self.moelora_extra[adapter] = Factors(extra, frozen | {"offset_A", "offset_B"})
+        tensors = {name: tensor.detach() for name, tensor in self.tensors(adapter).items()}
+        if initialize.reads_data and config.inference_mode:
+            for tensor in tensors.values():  # the values come from the adapter's file
+                tensor.zero_()
+            return
+        experts.reset(tensors)
+        initialize(
+            InitInput(
+                {name: tensor for name, tensor in tensors.items() if name not in frozen},
+                experts.split(tensors),
+                self._float_base_weight,
+                plan,
+                mixture.scaling,
+                module_name,
+            )
+        )
+
+    def tensors(self, adapter: str = "default") -> dict[str, Tensor]:
+        """The adapter's expert tensors by name: "A", "B" and what else the expert kind has."""
+        found: dict[str, Tensor] = {}
+        for name, container in (("A", self.moelora_A), ("B", self.moelora_B)):
+            if adapter in container:
+                found[name] = cast(Tensor, container[adapter].weight)
+        if adapter in self.moelora_extra:
+            extra = self.moelora_extra[adapter]
+            found.update(extra.named_parameters())
+            found.update(extra.named_buffers())
+        return found
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map (..., in) to (..., out) in the base output's dtype."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        result: Tensor = self.base_layer(x, *args, **kwargs)
+        base: Tensor = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
-            return result
-        dtype = result.dtype
+            return base
+        result = base
         for adapter in self.active_adapters:
-            if adapter in self.moelora_A:
-                result = result + self.update(x, adapter)
-        return result.to(dtype)
+            if adapter in self.moelora_mixture:
+                result = result + self.update(x, adapter, base)
+        return result.to(base.dtype)
 
-    def update(self, x: Tensor, adapter: str = "default") -> Tensor:
-        """One adapter's update s * sum_i g_i(x) B_i A_i dropout(x): (..., in) to (..., out)."""
-        a, b = self.factors(adapter)
-        x_TI = self._cast_input_dtype(x, a.dtype).reshape(-1, self.in_features)
-        routing = self._router(adapter)(x_TI)
-        if self.record_routing:
-            self.last_routing[adapter] = _detached(routing)
-        update_TO = self.moelora_expert[adapter].update(
-            self.moelora_dropout[adapter](x_TI),
-            a,
-            b,
-            routing.weights,
-            self.moelora_plan[adapter],
-            self.moelora_scaling[adapter],
+    def update(self, x: Tensor, adapter: str = "default", base: Tensor | None = None) -> Tensor:
+        """One adapter's update s * sum_i g_i(x) E_i(dropout(x)): (..., in) to (..., out).
+
+        Args:
+            x: the layer's input.
+            adapter: whose experts.
+            base: the base's output, computed anew where left out.
+        """
+        if base is None:
+            base = self.base_layer(x)
+        mixture = self.moelora_mixture[adapter]
+        tensors = self.tensors(adapter)
+        x = self._cast_input_dtype(x, next(iter(tensors.values())).dtype)
+        x_TI = x.reshape(-1, self.in_features)
+        source = self.moelora_gate_source.get(adapter)
+        surrogate_TE = routing = None
+        if source is None:
+            routing = self.route(x, adapter, tensors.get("A"))
+            weights_TE = routing.weights
+        else:
+            weights_TE, surrogate_TE = source.gates(self, adapter, x)
+        gates = Gates(
+            _with_universal(weights_TE, mixture.universal),
+            mixture.scaling,
             self.moelora_gate_rescale[adapter],
-            self.moelora_gate_rescale_scope[adapter],
+            mixture.scope,
+            surrogate_TE,
         )
-        losses = self.moelora_aux_losses[adapter]
-        if losses and self.training and torch.is_grad_enabled():
-            update_TO, self.last_aux_losses[adapter] = self.aux_losses.enter(
-                update_TO, routing, losses, adapter
+        inputs = ExpertInput(
+            self.moelora_dropout[adapter](x_TI),
+            base.reshape(-1, self.out_features),
+            self._float_base_weight,
+        )
+        update_TO = mixture.experts.update(tensors, inputs, gates)
+        if "offset_A" in tensors:
+            offset_TO = x_TI @ tensors["offset_A"].T @ tensors["offset_B"].T
+            update_TO = update_TO - offset_TO
+        if routing is not None and self.moelora_aux_losses[adapter]:
+            update_TO = self.enter_losses(
+                update_TO, self._loss_input(x_TI, tensors, mixture, routing), adapter
             )
         return update_TO.view(*x.shape[:-1], self.out_features)
 
-    def factors(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
-        """The adapter's stacked experts: A (R, in) and B (out, R)."""
-        a, b = self.moelora_A[adapter], self.moelora_B[adapter]
-        return cast(Factor, a).weight, cast(Factor, b).weight
+    def _loss_input(
+        self, x_TI: Tensor, tensors: dict[str, Tensor], mixture: Mixture, routing: Routing
+    ) -> LossInput:
+        """What auxiliary losses may read; the layer's own dropout is left out."""
 
-    def _router(self, adapter: str) -> Router:
-        return cast(Router, self.moelora_router[adapter])
+        def outputs() -> Tensor:
+            pairs = mixture.experts.split(tensors)
+            return torch.stack([x_TI @ a.T @ b.T for a, b in pairs], 1) * mixture.scaling
+
+        call = self.shared.call.call
+        tokens = len(x_TI)
+        real_T = call.real_T
+        # Layers that see other tokens (a vision tower, a pooled sequence) have no mask.
+        if real_T is not None and len(real_T) != tokens:
+            real_T = None
+        ids = {
+            name: value.expand(max(len(value), 1)).repeat_interleave(tokens // len(value))
+            for name, value in call.ids.items()
+            if value.ndim and tokens % len(value) == 0
+        }
+        return LossInput(
+            routing, real_T, ids, functools.partial(mixture.experts.split, tensors), outputs
+        )
 
     def expert_weights(self, adapter: str = "default") -> list[tuple[Tensor, Tensor]]:
         """One (A_i (r_i, in), B_i (out, r_i)) per expert: writable views without gradient."""
-        a, b = self.factors(adapter)
-        return self.moelora_expert[adapter].split(
-            a.detach(), b.detach(), self.moelora_plan[adapter]
-        )
-
-    def router_weights(self, adapter: str = "default") -> Tensor:
-        """The gate (E, in): a writable view without gradient."""
-        return cast(Tensor, self._router(adapter).weight).detach()
+        tensors = {name: tensor.detach() for name, tensor in self.tensors(adapter).items()}
+        return self.moelora_mixture[adapter].experts.split(tensors)
 
     def expert_pairs(self) -> list[ExpertPair]:
-        """The trainable (A, B) pairs, as the optimizers take them."""
-        return [
-            ExpertPair(*self.factors(adapter), plan.ranks, self.moelora_scaling[adapter])
-            for adapter, plan in self.moelora_plan.items()
-            if all(factor.requires_grad for factor in self.factors(adapter))
-        ]
+        """The (A, B) pairs that train, as the optimizers take them.
 
-    def gate_parameters(self) -> list[nn.Parameter]:
-        """The routers' trainable parameters."""
-        return [p for p in self.moelora_router.parameters() if p.requires_grad]
+        One factor may be frozen by its expert kind (a buffer), but not by hand.
+        """
+        pairs = []
+        for adapter in self.moelora_mixture:
+            for pair in self._pairs(adapter):
+                parameters = [f for f in (pair.a, pair.b) if isinstance(f, nn.Parameter)]
+                if parameters and all(factor.requires_grad for factor in parameters):
+                    pairs.append(pair)
+        return pairs
+
+    def unpaired_parameters(self) -> list[nn.Parameter]:
+        """Trainable expert tensors without a Riemannian metric."""
+        found = []
+        for adapter in self.moelora_mixture:
+            paired = {id(factor) for pair in self._pairs(adapter) for factor in (pair.a, pair.b)}
+            found += [
+                tensor
+                for tensor in self.tensors(adapter).values()
+                if isinstance(tensor, nn.Parameter)
+                and tensor.requires_grad
+                and id(tensor) not in paired
+            ]
+        return found
+
+    def _pairs(self, adapter: str) -> list[ExpertPair]:
+        mixture = self.moelora_mixture[adapter]
+        return mixture.experts.pairs(self.tensors(adapter), mixture.scaling)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold adapters whose gates do not depend on the input into the base weight.
@@ -193,7 +353,7 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
             ExportError: the gates follow the input, or the base weight is quantised.
         """
         for adapter in check_adapters_to_merge(self, adapter_names) or []:
-            if adapter not in self.moelora_A:
+            if adapter not in self.moelora_mixture:
                 continue
             update = self.static_update(adapter)
             if safe_merge and not bool(torch.isfinite(update).all()):
@@ -219,24 +379,29 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
             weights_E: gates (E,); the router's own where it ignores the input.
 
         Raises:
-            ExportError: no gates given and the router's follow the input.
+            ExportError: no gates given and the router's follow the input, or the expert kind is no
+                update of the weight.
         """
+        mixture = self.moelora_mixture[adapter]
         if weights_E is None:
-            weights_E = self._router(adapter).static_weights()
+            source = self.moelora_gate_source.get(adapter)
+            weights_E = (
+                self.fixed_weights(adapter)
+                if source is None
+                else source.fixed_weights(self, adapter)
+            )
         if weights_E is None:
             raise ExportError(
                 "The gates of this adapter follow the input, so no single weight equals it; serve "
                 "it unmerged, or write an approximation with `moelora export ADAPTER --to merged "
                 "--strategy mean-gate --out DIR`."
             )
-        a, b = self.factors(adapter)
-        update_OI = self.moelora_expert[adapter].static_update(
-            a.detach(),
-            b.detach(),
-            weights_E.detach(),
-            self.moelora_plan[adapter],
-            self.moelora_scaling[adapter],
-        )
+        tensors = {name: tensor.detach() for name, tensor in self.tensors(adapter).items()}
+        device = next(iter(tensors.values())).device
+        weights_E = _with_universal(weights_E.detach().to(device), mixture.universal)
+        update_OI = mixture.experts.static_update(tensors, weights_E, mixture.scaling)
+        if "offset_A" in tensors:
+            update_OI = update_OI - tensors["offset_B"] @ tensors["offset_A"]
         return update_OI.T if isinstance(self.get_base_layer(), Conv1D) else update_OI
 
     def apply_update(self, x: Tensor, update: Tensor) -> Tensor:
@@ -262,8 +427,33 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
             )
         return weight
 
+    def _float_base_weight(self) -> Tensor:
+        """The base's weight (O, I) in fp32 or wider, without gradient.
+
+        Raises:
+            ConfigError: it is quantised.
+        """
+        try:
+            weight = self._base_weight().detach()
+        except ExportError as error:
+            raise ConfigError(
+                f"This adapter reads the weights of {type(self.get_base_layer()).__name__}, which "
+                "are quantised; load the base in a floating-point dtype, or change init or expert."
+            ) from error
+        weight = weight.T if isinstance(self.get_base_layer(), Conv1D) else weight
+        return weight.to(torch.promote_types(weight.dtype, torch.float32))
+
     def __repr__(self) -> str:
         return "moelora." + super().__repr__()
+
+
+def _with_universal(weights: Tensor, universal: str) -> Tensor:
+    """Gates (..., E) with the universal expert's as the last one."""
+    if universal == "none":
+        return weights
+    total = weights.sum(-1, keepdim=True)
+    extra = torch.ones_like(total) if universal == "one" else 1 - total
+    return torch.cat([weights, extra], -1)
 
 
 def _features(base: nn.Module) -> tuple[int, int]:
@@ -280,12 +470,3 @@ def _features(base: nn.Module) -> tuple[int, int]:
             "target_modules or name it in exclude_modules."
         )
     return int(in_features), int(out_features)
-
-
-def _detached(routing: Routing) -> Routing:
-    return replace(
-        routing,
-        logits=routing.logits.detach(),
-        probs=routing.probs.detach(),
-        weights=routing.weights.detach(),
-    )

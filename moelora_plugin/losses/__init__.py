@@ -1,8 +1,8 @@
-"""Auxiliary losses on the routers. One file each, one line in `LOSSES`."""
+"""Auxiliary losses on routers and experts. One file each, one line in `LOSSES`."""
 
 from __future__ import annotations
 
-from .base import AuxLoss
+from .base import AuxLoss, LossInput
 from .switch_lb import switch_lb
 from .z import z
 
@@ -11,4 +11,4 @@ LOSSES: dict[str, AuxLoss] = {
     "z": z,
 }
 
-__all__ = ["LOSSES", "AuxLoss", "switch_lb", "z"]
+__all__ = ["LOSSES", "AuxLoss", "LossInput", "switch_lb", "z"]

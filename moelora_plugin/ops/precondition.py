@@ -5,6 +5,9 @@ Per expert i (arXiv 2502.15828, eq. 6, with damping):
     grad_A_i <- (B_i^T B_i + damping I)^-1 grad_A_i
     grad_B_i <- grad_B_i (A_i A_i^T + damping I)^-1
 
+Where the experts share A, its metric is sum_i B_i^T B_i, and every B_i has the one of A; where they
+share B, the other way round.
+
 The r x r metrics of all experts of all layers that share r are factorised together in one call.
 
 Shape suffixes: I in, O out, E experts, R total rank; r is one expert's rank. N counts the experts
@@ -18,6 +21,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from ..types import Shared
 
 # Each retry multiplies the damping of the metrics that failed. A finite Gram matrix plus a shift
 # beyond its rounding error is positive definite, so a handful of retries always suffices.
@@ -87,6 +92,40 @@ def apply_inverse(inverse_Err: Tensor, grad: Tensor, ranks: Sequence[int], dim: 
     """
     experts_Ern = split_experts(grad, ranks, dim).to(inverse_Err.dtype)
     return join_experts(inverse_Err @ experts_Ern, ranks, dim).to(grad.dtype).contiguous()
+
+
+def metric_of(partner: Tensor, side: str, ranks: Sequence[int], shared: Shared) -> Tensor:
+    """The metrics that measure the gradient of one factor, from its partner.
+
+    Args:
+        partner: stacked B (O, R) for side "a", stacked A (R, I) for side "b"; the one factor (O, r)
+            or (r, I) where the experts share it.
+        side: whose gradient is measured, "a" or "b".
+        ranks: rank of each expert.
+        shared: which factor the experts share.
+
+    Returns:
+        (E, r, r), in fp32 or wider; (1, r, r) where one metric serves all.
+    """
+    partner_dim = 1 if side == "a" else 0
+    if shared == "none":
+        return gram(split_experts(partner, ranks, partner_dim))
+    if shared == side:
+        return gram(split_experts(partner, ranks, partner_dim)).sum(0, keepdim=True)
+    return gram(split_experts(partner, ranks[:1], partner_dim))
+
+
+def precondition(
+    inverse: Tensor, grad: Tensor, side: str, ranks: Sequence[int], shared: Shared
+) -> Tensor:
+    """The gradient of one factor, times the inverse of what `metric_of` gave.
+
+    Returns:
+        As `grad` in shape and dtype, contiguous.
+    """
+    return apply_inverse(
+        inverse, grad, ranks[:1] if shared == side else ranks, 0 if side == "a" else 1
+    )
 
 
 def damped_inverses(metrics: Sequence[Tensor], damping: float) -> tuple[list[Tensor], int]:

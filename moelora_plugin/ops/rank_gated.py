@@ -11,18 +11,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..types import GateRescale, GateRescaleScope
+from ..types import GateRescale, GateRescaleScope, Gates, Shared
 
 
 def rank_gated(
     x_TI: Tensor,
-    a_RI: Tensor,
-    b_OR: Tensor,
-    weights_TE: Tensor,
-    scaling: float,
-    gate_rescale: GateRescale = "none",
-    gate_rescale_scope: GateRescaleScope = "weights",
+    a: Tensor,
+    b: Tensor,
+    gates: Gates,
     expert_of_rank_R: Tensor | None = None,
+    shared: Shared = "none",
 ) -> Tensor:
     """The mixture's update s ((x A^T) * spread(g)) B^T, whatever the number of experts.
 
@@ -33,17 +31,15 @@ def rank_gated(
 
     Args:
         x_TI: inputs, dropout already applied (T, I).
-        a_RI: the experts' A stacked along the rank (R, I).
-        b_OR: the experts' B stacked along the rank (O, R).
-        weights_TE: gates (T, E), zero for experts that were not selected; any floating dtype, fp32
-            or wider advised.
-        scaling: LoRA scale s. As in PEFT's LoRA it multiplies the (T, O) product, so that one
-            expert with gate 1 is LoRA bit for bit.
-        gate_rescale: "none", "sqrt" or "exact". An expert whose gate underflowed to 0 counts as not
-            selected.
-        gate_rescale_scope: "weights" or "output".
+        a: the experts' A stacked along the rank (R, I); one A (r, I) with shared "a".
+        b: the experts' B stacked along the rank (O, R); one B (O, r) with shared "b".
+        gates: the weights (T, E), zero for experts that were not selected, in any floating dtype,
+            fp32 or wider advised; the scale s, which as in PEFT's LoRA multiplies the (T, O)
+            product, so that one expert with gate 1 is LoRA bit for bit; the exponent, where an
+            expert whose gate underflowed to 0 counts as not selected; and its scope.
         expert_of_rank_R: the expert that owns each rank (R,), needed only where the experts' ranks
             differ.
+        shared: which factor the experts share.
 
     Returns:
         (T, O) in the common dtype of x, A and B. Under autocast that is the autocast dtype.
@@ -53,70 +49,96 @@ def rank_gated(
         # Autocast stops at a custom Function's border, so what `linear` would do happens here,
         # differentiably.
         dtype = torch.get_autocast_dtype(device_type)
-        x_TI, a_RI, b_OR = x_TI.to(dtype), a_RI.to(dtype), b_OR.to(dtype)
+        x_TI, a, b = x_TI.to(dtype), a.to(dtype), b.to(dtype)
     out: Tensor = _RankGated.apply(  # type: ignore[no-untyped-call]
-        x_TI, a_RI, b_OR, weights_TE, scaling, gate_rescale, gate_rescale_scope, expert_of_rank_R
+        x_TI,
+        a,
+        b,
+        gates.weights,
+        gates.surrogate,
+        gates.scaling,
+        gates.rescale,
+        gates.scope,
+        expert_of_rank_R,
+        shared,
     )
     return out
 
 
+_ADJOINT: dict[Shared, Shared] = {"none": "none", "a": "b", "b": "a"}
+
+
 class _RankGated(torch.autograd.Function):
-    """Saves x, z = x A^T and the gates; the gated z is cheap enough to compute again."""
+    """Saves x, z = x A^T and the gates; the gated z is cheap enough to compute again.
+
+    Z has R columns, or r where A is shared; h, the gated z, has R columns, or r where B is shared.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         x_TI: Tensor,
-        a_RI: Tensor,
-        b_OR: Tensor,
+        a: Tensor,
+        b: Tensor,
         weights_TE: Tensor,
+        surrogate_TE: Tensor | None,
         scaling: float,
         gate_rescale: GateRescale,
         gate_rescale_scope: GateRescaleScope,
         expert_of_rank_R: Tensor | None,
+        shared: Shared,
     ) -> Tensor:
-        z_TR = torch.nn.functional.linear(x_TI, a_RI)
-        ctx.save_for_backward(x_TI, a_RI, b_OR, weights_TE, z_TR, expert_of_rank_R)
+        z = torch.nn.functional.linear(x_TI, a)
+        ctx.save_for_backward(x_TI, a, b, weights_TE, surrogate_TE, z, expert_of_rank_R)
         ctx.scaling = scaling
         ctx.gate_rescale = gate_rescale
         ctx.gate_rescale_scope = gate_rescale_scope
-        h_TR = _gate_ranks(z_TR, weights_TE, expert_of_rank_R)
-        return torch.nn.functional.linear(h_TR, b_OR) * scaling
+        ctx.shared = shared
+        h = _gate_ranks(z, weights_TE, expert_of_rank_R, shared)
+        return torch.nn.functional.linear(h, b) * scaling
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
-        x_TI, a_RI, b_OR, weights_TE, z_TR, expert_of_rank_R = ctx.saved_tensors
+        x_TI, a, b, weights_TE, surrogate_TE, z, owners_R = ctx.saved_tensors
         needs_x, needs_a, needs_b, needs_gates = ctx.needs_input_grad[:4]
-        surrogate_TE = _surrogate_gates(weights_TE, ctx.gate_rescale)
+        shared = ctx.shared
+        # The gating's adjoint sums where the gating spreads, and the other way round.
+        adjoint = _ADJOINT[shared]
+        if surrogate_TE is None:
+            surrogate_TE = _surrogate_gates(weights_TE, ctx.gate_rescale)
 
         scaled_TO = grad_TO * ctx.scaling
-        grad_h_TR = scaled_TO @ b_OR  # gradient of the gated z, before any gate
+        grad_h = scaled_TO @ b  # gradient of the gated z, before any gate
         grad_x = grad_a = grad_b = grad_gates = None
         if needs_a or (needs_x and ctx.gate_rescale_scope == "output"):
-            surrogate_grad_z_TR = _gate_ranks(grad_h_TR, surrogate_TE, expert_of_rank_R)
+            surrogate_grad_z = _gate_ranks(grad_h, surrogate_TE, owners_R, adjoint)
         if needs_a:
-            grad_a = surrogate_grad_z_TR.T @ x_TI
+            grad_a = surrogate_grad_z.T @ x_TI
         if needs_b:
-            grad_b = scaled_TO.T @ _gate_ranks(z_TR, surrogate_TE, expert_of_rank_R)
+            grad_b = scaled_TO.T @ _gate_ranks(z, surrogate_TE, owners_R, shared)
         if needs_x:
             if ctx.gate_rescale_scope == "output":
-                grad_x = surrogate_grad_z_TR @ a_RI
+                grad_x = surrogate_grad_z @ a
             else:
-                grad_x = _gate_ranks(grad_h_TR, weights_TE, expert_of_rank_R) @ a_RI
+                grad_x = _gate_ranks(grad_h, weights_TE, owners_R, adjoint) @ a
         if needs_gates:
-            grad_gates = _sum_ranks(grad_h_TR, z_TR, weights_TE, expert_of_rank_R)
-        return grad_x, grad_a, grad_b, grad_gates, None, None, None, None
+            grad_gates = _sum_ranks(grad_h, z, weights_TE, owners_R, shared)
+        return grad_x, grad_a, grad_b, grad_gates, None, None, None, None, None, None
 
 
-def _gate_ranks(z_TR: Tensor, weights_TE: Tensor, expert_of_rank_R: Tensor | None) -> Tensor:
-    """Gated z, that is z * spread(g): expert i's gate multiplies expert i's ranks."""
-    gates = weights_TE.to(z_TR.dtype)
+def _gate_ranks(
+    z: Tensor, weights_TE: Tensor, expert_of_rank_R: Tensor | None, shared: Shared
+) -> Tensor:
+    """Gated z: z * spread(g) (T, R); g_i z for each expert if A is shared; their sum if B is."""
+    gates = weights_TE.to(z.dtype)
+    if shared == "a":
+        return (z.unsqueeze(-2) * gates.unsqueeze(-1)).flatten(-2)
     if expert_of_rank_R is not None:
-        return z_TR * gates.index_select(-1, expert_of_rank_R)
+        return z * gates.index_select(-1, expert_of_rank_R)
     # A view of z as (T, E, r) lets broadcasting do the spreading: no (T, R) copy of the gates.
-    z_TEr = z_TR.view(*gates.shape, z_TR.shape[-1] // gates.shape[-1])
-    return (z_TEr * gates.unsqueeze(-1)).flatten(-2)
+    gated_TEr = z.view(*gates.shape, z.shape[-1] // gates.shape[-1]) * gates.unsqueeze(-1)
+    return gated_TEr.sum(-2) if shared == "b" else gated_TEr.flatten(-2)
 
 
 def _surrogate_gates(weights_TE: Tensor, gate_rescale: GateRescale) -> Tensor:
@@ -129,11 +151,20 @@ def _surrogate_gates(weights_TE: Tensor, gate_rescale: GateRescale) -> Tensor:
 
 
 def _sum_ranks(
-    grad_h_TR: Tensor, z_TR: Tensor, weights_TE: Tensor, expert_of_rank_R: Tensor | None
+    grad_h: Tensor,
+    z: Tensor,
+    weights_TE: Tensor,
+    expert_of_rank_R: Tensor | None,
+    shared: Shared,
 ) -> Tensor:
     """Gradient of the gates: grad_h * z summed over each expert's ranks, in the gates' dtype."""
-    product_TR = grad_h_TR.to(weights_TE.dtype) * z_TR.to(weights_TE.dtype)
+    wide_h, wide_z = grad_h.to(weights_TE.dtype), z.to(weights_TE.dtype)
+    experts = weights_TE.shape[-1]
+    if shared != "none":  # one of them is the same for all experts
+        h_TEr = wide_h.view(len(z), -1, z.shape[-1] if shared == "a" else wide_h.shape[-1])
+        z_TEr = wide_z.view(len(z), -1, h_TEr.shape[-1])
+        return (h_TEr * z_TEr).sum(-1)
+    product_TR = wide_h * wide_z
     if expert_of_rank_R is not None:
         return torch.zeros_like(weights_TE).index_add(-1, expert_of_rank_R, product_TR)
-    rank = product_TR.shape[-1] // weights_TE.shape[-1]
-    return product_TR.view(*weights_TE.shape, rank).sum(-1)
+    return product_TR.view(*weights_TE.shape, product_TR.shape[-1] // experts).sum(-1)

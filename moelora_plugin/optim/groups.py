@@ -2,9 +2,12 @@
 
 A group is an ordinary dict of torch's with a `role`:
 
-    experts   params A0, B0, A1, B1, ...; `ranks` and `scalings` hold one entry per pair
+    experts   params A0, B0, A1, B1, ...; `ranks`, `scalings` and `shared` hold one entry per pair.
+              A factor that the expert kind freezes is there too, for its partner's metric; it has
+              no gradient, so nothing moves it
     gates     the routers' parameters; `max_grad_norm` clips their joint gradient
-    other     biases, modules_to_save and the like; stepped without preconditioning
+    other     expert tensors without a metric, biases, modules_to_save and the like; stepped
+              without preconditioning
 
 The pairs live in the group itself, by position, so that engines which replace parameters
 (accelerate, FSDP) keep them paired, and everything in it is plain Python, so that
@@ -20,7 +23,7 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..layers import MoeLoraLinear
-from ..model import moelora_layers
+from ..model import moelora_layers, routed_layers
 from ..types import ExpertPair
 
 EXPERTS = "experts"
@@ -51,13 +54,14 @@ def pairs_of(module: nn.Module) -> list[ExpertPair]:
 
 
 def pairs_by_module(model: nn.Module) -> list[tuple[nn.Module, list[ExpertPair]]]:
-    """Every adapted module of `model` with its trainable pairs.
+    """Every adapted module of `model` with its trainable pairs; none where only routers train.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: there is no adapter that trains.
     """
     found = [(module, pairs) for module in model.modules() if (pairs := pairs_of(module))]
-    if not found:
+    layers = routed_layers(model).values()
+    if not found and not any(layer.trainable_parameters() for layer in layers):
         raise ConfigError(
             "The model has no trainable LoRA experts; add an adapter first, for example with "
             "peft.get_peft_model(model, MoeLoraConfig(...))."
@@ -80,10 +84,11 @@ def parameter_groups(
             group.
     """
     pairs = [pair for _, pairs in pairs_by_module(model) for pair in pairs]
-    gates = [p for layer in moelora_layers(model).values() for p in layer.gate_parameters()]
+    gates = [p for layer in routed_layers(model).values() for p in layer.gate_parameters()]
     experts = [p for pair in pairs for p in (pair.a, pair.b)]
+    unpaired = [p for layer in moelora_layers(model).values() for p in layer.unpaired_parameters()]
+    _refuse_uncovered(model, {id(p) for p in (*experts, *gates, *unpaired)})
     covered = {id(p) for p in (*experts, *gates)}
-    _refuse_uncovered(model, covered)
     other = [p for p in model.parameters() if p.requires_grad and id(p) not in covered]
     groups: list[Group] = [
         {
@@ -93,6 +98,7 @@ def parameter_groups(
             "weight_decay": weight_decay,
             "ranks": [list(pair.ranks) for pair in pairs],
             "scalings": [pair.scaling for pair in pairs],
+            "shared": [pair.shared for pair in pairs],
         },
         {
             "params": gates,
@@ -115,7 +121,7 @@ def parameter_groups(
 
 def _refuse_uncovered(model: nn.Module, covered: set[int]) -> None:
     """A trainable expert factor whose partner is frozen has no metric: say so, do not skip it."""
-    for layer_name, layer in moelora_layers(model).items():
+    for layer_name, layer in routed_layers(model).items():
         for name, parameter in layer.named_parameters():
             if (
                 name.startswith("moelora_")

@@ -8,7 +8,7 @@ micro-batches, averaging over processes and a loss scale commute with it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import ConfigError
-from ..ops.precondition import apply_inverse, damped_inverses, gram, split_experts
+from ..ops.precondition import damped_inverses, metric_of, precondition
 from ..types import ExpertPair
 from .engines import refuse_unsupported_engine
 from .groups import pairs_by_module, pairs_of
@@ -33,11 +33,11 @@ class PreconditioningHandle:
         self._hooks: list[Any] = []
 
     def _add(self, module: nn.Module, pair: ExpertPair, damping: float, scale: float) -> None:
-        sides = ((pair.a, pair.b, 0, 1), (pair.b, pair.a, 1, 0))
-        for learner, partner, learner_dim, partner_dim in sides:
-            hook = _preconditioner(partner, pair.ranks, learner_dim, partner_dim, damping, scale)
-            self._hooks.append(learner.register_hook(hook))
-            _HOOKED[learner] = self
+        for side, learner, partner in (("a", pair.a, pair.b), ("b", pair.b, pair.a)):
+            if learner.requires_grad:
+                hook = _preconditioner(pair, side, partner, damping, scale)
+                self._hooks.append(learner.register_hook(hook))
+                _HOOKED[learner] = self
         self._hooks.append(module.register_forward_pre_hook(_check_hooked))
 
     def remove(self) -> None:
@@ -89,24 +89,20 @@ def remove_preconditioning(model: nn.Module) -> None:
 
 
 def _preconditioner(
-    partner: Tensor,
-    ranks: Sequence[int],
-    learner_dim: int,
-    partner_dim: int,
-    damping: float,
-    scale: float,
+    pair: ExpertPair, side: str, partner: Tensor, damping: float, scale: float
 ) -> Callable[[Tensor], Tensor]:
     """A tensor hook: the gradient of one factor, times the inverse metrics of its partner."""
+    ranks, shared = pair.ranks, pair.shared
 
-    def precondition(grad: Tensor) -> Tensor:
+    def hook(grad: Tensor) -> Tensor:
         # A backward inside an autocast block would round the metrics.
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
-            metric = gram(split_experts(partner.detach(), ranks, partner_dim))
+            metric = metric_of(partner.detach(), side, ranks, shared)
             (inverse,), escalated = damped_inverses([metric], damping)
             warn_of_escalation(escalated, damping)
-            return apply_inverse(inverse * scale, grad, ranks, learner_dim)
+            return precondition(inverse * scale, grad, side, ranks, shared)
 
-    return precondition
+    return hook
 
 
 def _check_hooked(module: nn.Module, _args: Any) -> None:
@@ -114,7 +110,7 @@ def _check_hooked(module: nn.Module, _args: Any) -> None:
     if not (module.training and torch.is_grad_enabled()):
         return
     for pair in pairs_of(module):
-        for parameter in (pair.a, pair.b):
+        for parameter in (factor for factor in (pair.a, pair.b) if factor.requires_grad):
             if parameter not in _HOOKED or hasattr(parameter, "ds_id"):
                 raise ConfigError(
                     "Expert parameters were replaced, added or partitioned after "

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError
-from ..ops.precondition import apply_inverse, damped_inverses, gram, split_experts
+from ..ops.precondition import damped_inverses, metric_of, precondition
 from .groups import EXPERTS, GATES, Group
 from .sharded import sharded_like, whole
 
@@ -187,10 +187,9 @@ class _Riemannian(torch.optim.Optimizer):
         factors_a, factors_b = group["params"][0::2], group["params"][1::2]
         # A's gradient is measured by B's metric and the other way round.
         learners, partners = (factors_a, factors_b) if side == "a" else (factors_b, factors_a)
-        learner_dim, partner_dim = (0, 1) if side == "a" else (1, 0)
         active = [i for i, learner in enumerate(learners) if learner.grad is not None]
         metrics = [
-            gram(split_experts(whole(partners[i].detach()), group["ranks"][i], partner_dim))
+            metric_of(whole(partners[i].detach()), side, group["ranks"][i], group["shared"][i])
             for i in active
         ]
         inverses, escalated = damped_inverses(metrics, group["damping"])
@@ -199,8 +198,8 @@ class _Riemannian(torch.optim.Optimizer):
             learner = learners[i]
             if group["scale_compensation"]:
                 inverse = inverse / group["scalings"][i] ** 2
-            preconditioned = apply_inverse(
-                inverse, whole(learner.grad), group["ranks"][i], learner_dim
+            preconditioned = precondition(
+                inverse, whole(learner.grad), side, group["ranks"][i], group["shared"][i]
             )
             learner.grad = sharded_like(preconditioned, learner.grad)
 

@@ -1,6 +1,7 @@
-"""Routers: the modules that turn a layer's input into gates.
+"""Routers: the modules that turn logits into gates.
 
-One file each, one line in `ROUTERS`.
+One file each, one line in `ROUTERS`. Where the logits come from is in `inputs/` and `scores/`, what
+may be changed on the way in `modifiers/`.
 """
 
 from __future__ import annotations

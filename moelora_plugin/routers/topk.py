@@ -1,50 +1,51 @@
-"""Softmax over all experts, keep the top k, renormalise.
+"""Keep the top k of a softmax.
 
-Shape suffixes: T tokens, I in, E experts, K selected.
+Shape suffixes: N rows, E experts, K selected.
 """
 
 from __future__ import annotations
 
-import math
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..types import LayerPlan, Routing
-from .base import Router
+from ..types import LayerPlan, Rows
+from .base import Router, softmax_wide
 
 
 class TopKRouter(Router):
-    """The paper's router (arXiv 2502.15828, section 4.1): g = top-k of softmax(W x), renormalised.
+    """The paper's router (arXiv 2502.15828, section 4.1): top-k of softmax(logits), renormalised.
 
-    The softmax runs in fp32 or wider whatever the dtype of x. Exactly k experts are selected per
-    token, ties included (which of the tied experts is `torch.topk`'s choice). A token whose logits
-    hold NaN gets NaN gates, so the fault shows in the loss; it does not touch other tokens.
+    The softmax runs in fp32 or wider. Exactly k experts are selected per row, ties included (which
+    of the tied experts is `torch.topk`'s choice). A row whose logits hold NaN gets NaN gates, so
+    the fault shows in the loss; it does not touch other rows.
 
     Differs from the reference code, which takes the softmax in the base output's dtype.
+
+    Args:
+        in_features: I.
+        plan: the layer's experts; `top_k` of them are selected.
+        renormalize: divide the kept gates by their sum. With it the gates are those of a softmax
+            over the selected logits alone.
     """
 
-    def __init__(self, in_features: int, plan: LayerPlan) -> None:
+    def __init__(self, in_features: int, plan: LayerPlan, *, renormalize: bool = True) -> None:
         super().__init__(in_features, plan)
-        self.weight = nn.Parameter(torch.empty(plan.num_experts, in_features))
-        self.reset_parameters()
+        self.renormalize = renormalize
 
-    def reset_parameters(self) -> None:
-        """`torch.nn.Linear`'s own initialisation, as the reference code has it."""
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+    def probabilities(self, logits_NE: Tensor, rows: Rows) -> Tensor:
+        """Softmax over all experts."""
+        return softmax_wide(logits_NE)
 
-    def forward(self, x_TI: Tensor) -> Routing:
-        """Route T tokens: weights (T, E), fp32 or wider, k of a row non-zero, summing to 1."""
-        logits_TE = torch.nn.functional.linear(x_TI, self.weight)
-        probs_TE = torch.softmax(
-            logits_TE, dim=-1, dtype=torch.promote_types(logits_TE.dtype, torch.float32)
-        )
-        kept_TK, ids_TK = torch.topk(probs_TE, self.plan.top_k, dim=-1)
-        weights_TE = torch.zeros_like(probs_TE).scatter(
-            -1, ids_TK, kept_TK / kept_TK.sum(-1, keepdim=True)
-        )
-        return Routing(logits=logits_TE, probs=probs_TE, weights=weights_TE, expert_ids=ids_TK)
+    def select(
+        self, probs_NE: Tensor, preference_NE: Tensor, rows: Rows
+    ) -> tuple[Tensor, Tensor | None]:
+        """With k of a row non-zero, summing to 1 if renormalised."""
+        ids_NK = torch.topk(preference_NE, self.plan.top_k, dim=-1).indices
+        kept_NK = probs_NE.gather(-1, ids_NK)
+        if self.renormalize:
+            kept_NK = kept_NK / kept_NK.sum(-1, keepdim=True)
+        return torch.zeros_like(probs_NE).scatter(-1, ids_NK, kept_NK), ids_NK
 
-    def static_weights(self) -> Tensor | None:
-        """One expert always has gate 1; with more the gates follow the input."""
-        return self.weight.new_ones(1) if self.plan.num_experts == 1 else None
+    def fixed_weights(self) -> Tensor | None:
+        """One expert always has gate 1."""
+        return torch.ones(1) if self.plan.num_experts == 1 else None

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 
 from moelora_plugin import MoeLoraConfig
 from moelora_plugin.errors import ConfigError
-from moelora_plugin.losses import LOSSES
+from moelora_plugin.losses import LOSSES, LossInput
 from moelora_plugin.model import find_tuner, moelora_layers
 from moelora_plugin.types import Routing
 
@@ -49,7 +49,7 @@ def test_value_is_the_formula_over_real_tokens(name, padded):
     real = torch.ones(9, dtype=torch.bool)
     if padded:
         real[[1, 7, 8]] = False
-    found = LOSSES[name](routing, real if padded else None)
+    found = LOSSES[name](LossInput(routing, real if padded else None))
     assert found.shape == ()
     # Sums of nine numbers in float64, in another order.
     torch.testing.assert_close(found, by_hand(name, routing, real), rtol=1e-12, atol=0)
@@ -57,17 +57,17 @@ def test_value_is_the_formula_over_real_tokens(name, padded):
 
 def test_balanced_routing_has_a_switch_loss_of_k_and_collapse_one_of_e():
     balanced = torch.eye(4, dtype=torch.double).repeat(3, 1) * 1e-9
-    value = LOSSES["switch_lb"](routing_of(balanced, 1), None)
+    value = LOSSES["switch_lb"](LossInput(routing_of(balanced, 1)))
     torch.testing.assert_close(value.item(), 1.0, rtol=1e-6, atol=0)
     collapsed = torch.zeros(12, 4, dtype=torch.double)
     collapsed[:, 2] = 100.0
-    assert LOSSES["switch_lb"](routing_of(collapsed, 1), None).item() == pytest.approx(4.0)
+    assert LOSSES["switch_lb"](LossInput(routing_of(collapsed, 1))).item() == pytest.approx(4.0)
 
 
 def test_all_padding_gives_zero_not_nan():
     routing = routing_of(torch.randn(3, 4), 2)
     for loss in LOSSES.values():
-        assert loss(routing, torch.zeros(3, dtype=torch.bool)).item() == 0.0
+        assert loss(LossInput(routing, torch.zeros(3, dtype=torch.bool))).item() == 0.0
 
 
 def model_with(aux_losses, *, dropout=0.0, checkpointing=None, seed=0):
@@ -163,7 +163,7 @@ def test_without_the_losses_the_gradient_differs():
         found.append(gradients(model))
     for name in found[0]:
         # Nothing of what the last layer's experts add is read by any router.
-        top = "layers.1.mlp.down_proj" in name and "router" not in name
+        top = "layers.1.mlp.down_proj" in name and "moelora_gate" not in name
         assert torch.allclose(found[0][name], found[1][name], rtol=1e-3) == top, name
 
 
@@ -173,10 +173,11 @@ def test_no_mask_means_all_tokens_and_a_pass_without_gradient_leaves_the_mask_al
     output = model(**inputs).loss
     with torch.no_grad():  # a reference model's pass between forward and backward
         model(input_ids=inputs["input_ids"][:1])
-    assert int(find_tuner(model).aux_losses._real_T.sum()) == int(inputs["attention_mask"].sum())
+    call = find_tuner(model).shared.call
+    assert int(call.call.real_T.sum()) == int(inputs["attention_mask"].sum())
     output.backward()
     model(input_ids=inputs["input_ids"], labels=inputs["input_ids"])
-    assert find_tuner(model).aux_losses._real_T is None
+    assert call.call.real_T is None
 
 
 def test_evaluation_has_no_aux_losses():
@@ -195,7 +196,7 @@ def test_a_second_adapter_with_losses_is_masked_too():
     model(**batch())
     aux = find_tuner(model).aux_losses
     assert aux.num_layers == {"default": 4, "second": 2}
-    assert aux._real_T is not None
+    assert find_tuner(model).shared.call.call.real_T is not None
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
@@ -204,8 +205,8 @@ def test_a_copy_keeps_its_own_mask(copied):
     twin = copied(model)
     inputs = batch()
     twin(**inputs).loss.backward()
-    assert find_tuner(twin).aux_losses._real_T is not None
-    assert find_tuner(model).aux_losses._real_T is None
+    assert find_tuner(twin).shared.call.call.real_T is not None
+    assert find_tuner(model).shared.call.call.real_T is None
     model(**inputs).loss.backward()
     assert_same_gradients(gradients(twin), gradients(model))
 

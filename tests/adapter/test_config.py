@@ -82,7 +82,7 @@ def test_layer_indexes_need_a_list_of_targets(key, value):
 def test_an_unknown_key_is_answered_with_the_nearest_and_the_valid_ones():
     message = refusal(num_expert=4)
     assert message.startswith("MoeLoraConfig has no key 'num_expert'; did you mean 'num_experts'")
-    assert "valid keys are allocation, auto_mapping, aux_losses, " in message
+    assert "valid keys are allocation, allocation_kwargs, auto_mapping, aux_losses, " in message
     assert "did you mean" not in refusal(zzz=1)
 
 

@@ -17,15 +17,15 @@ from torch import nn
 from moelora_plugin import MoeLoraConfig
 from moelora_plugin.model import moelora_layers
 from moelora_plugin.ops.reference import moe_lora_loop, topk_softmax_loop
-from moelora_plugin.types import LayerPlan
+from moelora_plugin.types import LayerPlan, Place
 
 D_IN, D_OUT = 12, 10
 MODES = ["none", "sqrt", "exact"]
 
 
-def unequal_ranks(config: MoeLoraConfig, module_name: str) -> LayerPlan:
+def unequal_ranks(config: MoeLoraConfig, place: Place) -> LayerPlan:
     """A user's own allocation: more rank for the second projection, none alike within a module."""
-    ranks = (1, 3, 2) if module_name.endswith("0") else (2, 5, 1)
+    ranks = (1, 3, 2) if place.name.endswith("0") else (2, 5, 1)
     return LayerPlan(num_experts=3, top_k=2, ranks=ranks, alpha=config.lora_alpha)
 
 
@@ -108,7 +108,7 @@ def test_one_expert_is_peft_s_lora_to_the_bit(dtype, use_rslora, shape):
         assert torch.equal(
             grads["0.moelora_B.default.weight"], lora_grads["0.lora_B.default.weight"]
         )
-        assert not grads["0.moelora_router.default.weight"].any()  # the gate is 1 whatever x is
+        assert not grads["0.moelora_gate.default.weight"].any()  # the gate is 1 whatever x is
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -118,7 +118,7 @@ def test_the_layer_is_the_base_plus_the_oracle_s_mixture(mode):
     y, grads = run(net, x)
 
     leaves = [p.detach().clone().requires_grad_() for p in layer.parameters() if p.requires_grad]
-    a, b, router = leaves
+    router, a, b = leaves
     x = x.requires_grad_()
     weights = topk_softmax_loop(x @ router.T, 2)
     update = moe_lora_loop(x, a, b, weights, (2,) * 4, 3.0, mode)  # s = alpha / r = 6 / 2
@@ -128,9 +128,9 @@ def test_the_layer_is_the_base_plus_the_oracle_s_mixture(mode):
     close = {"rtol": 1e-12, "atol": 1e-12}
     torch.testing.assert_close(y, expected.detach(), **close)
     names = [
+        "0.moelora_gate.default.weight",
         "0.moelora_A.default.weight",
         "0.moelora_B.default.weight",
-        "0.moelora_router.default.weight",
         "x",
     ]
     for name, leaf in zip(names, [*leaves, x], strict=True):
@@ -155,7 +155,7 @@ def test_experts_in_another_order_are_the_same_mixture(mode):
     torch.testing.assert_close(permuted_grads["x"], grads["x"], **close)
     a_grads = grads["0.moelora_A.default.weight"].unflatten(0, (4, 2))[order].flatten(0, 1)
     torch.testing.assert_close(permuted_grads["0.moelora_A.default.weight"], a_grads, **close)
-    gate = "0.moelora_router.default.weight"
+    gate = "0.moelora_gate.default.weight"
     torch.testing.assert_close(permuted_grads[gate], grads[gate][order], **close)
 
 

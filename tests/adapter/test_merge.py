@@ -15,26 +15,10 @@ from moelora_plugin import MoeLoraConfig
 from moelora_plugin.errors import ExportError
 from moelora_plugin.layers import MoeLoraLinear
 from moelora_plugin.model import moelora_layers
-from moelora_plugin.routers import Router
-from moelora_plugin.types import Routing
 
 IDS = torch.arange(3, 27).view(2, 12)
 # (W + s B A) x instead of W x + s B (A x): other roundings in float64, through two layers.
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
-
-
-class FixedGates(Router):
-    """Every token gets the gates 3/4 and 1/4."""
-
-    def reset_parameters(self) -> None:
-        pass
-
-    def forward(self, x_TI):
-        weights = self.static_weights().to(x_TI).expand(x_TI.shape[0], -1)
-        return Routing(logits=weights.log(), probs=weights, weights=weights)
-
-    def static_weights(self):
-        return torch.tensor([0.75, 0.25])
 
 
 def gpt2() -> GPT2LMHeadModel:
@@ -52,7 +36,7 @@ BASES = {
 }
 STATIC = {
     "one expert": {"num_experts": 1, "top_k": 1},
-    "fixed gates": {"num_experts": 2, "top_k": 2, "router": f"{__name__}.FixedGates"},
+    "fixed gates": {"num_experts": 2, "top_k": 2, "router": "fixed_gates.ThreeQuarters"},
 }
 
 

@@ -124,7 +124,7 @@ def test_the_names_of_the_tensors_in_the_file(tmp_path):
     assert shapes == {
         f"{layer}.moelora_A.weight": (6, 16),
         f"{layer}.moelora_B.weight": (16, 6),
-        f"{layer}.moelora_router.weight": (3, 16),
+        f"{layer}.moelora_gate.weight": (3, 16),
     }
 
 
@@ -178,7 +178,7 @@ def test_only_experts_and_gates_train():
     assert kinds == {
         "moelora_A.default.weight",
         "moelora_B.default.weight",
-        "moelora_router.default.weight",
+        "moelora_gate.default.weight",
     }
     # 4 modules: q 16 -> 16, v 16 -> 8; A (6, 16), B (out, 6), router (3, 16)
     trainable, total = model.get_nb_trainable_parameters()
@@ -285,7 +285,7 @@ def test_a_second_adapter_neither_acts_nor_trains_until_it_is_active():
     assert {name.split("moelora_")[1] for name in trainable_names(model)} == {
         "A.second.weight",
         "B.second.weight",
-        "router.second.weight",
+        "gate.second.weight",
     }
     assert torch.equal(logits(model), logits(second_alone()))
     model.set_adapter("default")
@@ -300,7 +300,10 @@ def test_adapters_keep_their_own_settings():
     assert len(layer.expert_weights("second")) == 4
     assert layer.moelora_gate_rescale == {"default": "none", "second": "exact"}
     assert layer.router_weights("second").shape == (4, 16)
-    assert layer.moelora_scaling == {"default": 16 / 2, "second": 16 / 3}
+    assert {n: m.scaling for n, m in layer.moelora_mixture.items()} == {
+        "default": 16 / 2,
+        "second": 16 / 3,
+    }
 
 
 def test_two_active_adapters_add_up():
@@ -331,7 +334,7 @@ def test_a_deleted_adapter_leaves_the_other_alone():
     assert not [name for name in model.state_dict() if "second" in name]
     assert torch.equal(logits(model), logits(first))
     layer = next(m for name, m in moelora_layers(model).items() if name.endswith("v_proj"))
-    assert list(layer.moelora_plan) == ["default"]
+    assert list(layer.moelora_mixture) == ["default"]
 
 
 def test_deleting_the_active_adapter_activates_the_other():

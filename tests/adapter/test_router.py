@@ -11,16 +11,18 @@ from hypothesis import strategies as st
 
 from moelora_plugin.ops.reference import topk_softmax_loop
 from moelora_plugin.routers import TopKRouter
-from moelora_plugin.types import LayerPlan, Routing
+from moelora_plugin.routers.modifiers import RouterModifiers
+from moelora_plugin.routers.scores import LinearScore
+from moelora_plugin.types import LayerPlan, Routing, Rows
 
 
 def route(weight: torch.Tensor, x: torch.Tensor, top_k: int) -> Routing:
     experts = weight.shape[0]
     plan = LayerPlan(num_experts=experts, top_k=top_k, ranks=(1,) * experts, alpha=1.0)
-    router = TopKRouter(weight.shape[1], plan).to(weight.dtype)
+    score = LinearScore(weight.shape[1], plan).to(weight.dtype)
     with torch.no_grad():
-        router.weight.copy_(weight)
-    return router(x)
+        score.weight.copy_(weight)
+    return TopKRouter(weight.shape[1], plan)(Rows(x), score, RouterModifiers([]))
 
 
 def route_logits(logits: torch.Tensor, top_k: int) -> Routing:
@@ -114,5 +116,5 @@ def test_only_a_single_expert_has_gates_that_ignore_the_input():
     one, two = (
         TopKRouter(3, LayerPlan(num_experts=n, top_k=1, ranks=(1,) * n, alpha=1.0)) for n in (1, 2)
     )
-    assert one.static_weights().tolist() == [1.0]
-    assert two.static_weights() is None
+    assert one.fixed_weights().tolist() == [1.0]
+    assert two.fixed_weights() is None

@@ -239,8 +239,9 @@ def test_an_error_in_the_block_cleans_up(toy: PeftModel) -> None:
 
 def assert_nothing_left(model: PeftModel) -> None:
     base = model.get_base_model()
-    assert not base._forward_hooks
-    assert not base._forward_pre_hooks
+    # The one of each that every adapted model has.
+    assert len(base._forward_hooks) == 1
+    assert len(base._forward_pre_hooks) == 1
     for layer in moelora_layers(model).values():
         assert not layer.record_routing
         assert layer.last_routing == {}

@@ -51,7 +51,7 @@ def test_numbers_are_those_of_the_model(tmp_path: Path) -> None:
     model = make(modules_to_save=["lm_head"])
     summary = inspect_adapter(save_adapter(model, tmp_path / "adapter"))
     parameters = dict(model.named_parameters())
-    routers = sum(p.numel() for name, p in parameters.items() if "moelora_router" in name)
+    routers = sum(p.numel() for name, p in parameters.items() if "moelora_gate" in name)
     experts = sum(
         p.numel() for name, p in parameters.items() if "moelora_A" in name or "moelora_B" in name
     )

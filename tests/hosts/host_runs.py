@@ -46,7 +46,7 @@ def assert_trained_adapter(folder: Path, gate_rescale: str, modules: int) -> Non
     config, tensors = adapter_config(folder), adapter_tensors(folder)
     assert config["peft_type"] == "MOELORA"
     assert config["gate_rescale"] == gate_rescale
-    for part in ("moelora_A.weight", "moelora_B.weight", "moelora_router.weight"):
+    for part in ("moelora_A.weight", "moelora_B.weight", "moelora_gate.weight"):
         found = [name for name in tensors if name.endswith(part)]
         assert len(found) == modules, (part, found)
     for name, tensor in tensors.items():

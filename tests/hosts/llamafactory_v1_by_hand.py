@@ -12,7 +12,7 @@ import sys
 
 from llamafactory.v1.trainers.sft_trainer import SFTTrainer, run_sft
 
-from moelora_plugin.losses import LOSSES
+from moelora_plugin.losses import LOSSES, LossInput
 from moelora_plugin.model import moelora_layers
 
 coefficients = json.loads(sys.argv.pop())
@@ -33,7 +33,7 @@ def with_summand(self, batch):
     real = batch["attention_mask"].bool().flatten()
     padded.append(not real.all())
     summand = sum(
-        coefficient * LOSSES[name](routing, real) / len(layers)
+        coefficient * LOSSES[name](LossInput(routing, real)) / len(layers)
         for routing in routings
         for name, coefficient in coefficients.items()
     )

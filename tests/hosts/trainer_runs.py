@@ -91,7 +91,7 @@ def padded(examples, pad_token_id):
 
 def by_hand(trainer_class, coefficients):
     """The trainer with auxiliary losses added to its loss, as somebody would without us."""
-    from moelora_plugin.losses import LOSSES
+    from moelora_plugin.losses import LOSSES, LossInput
     from moelora_plugin.model import moelora_layers
 
     class ByHand(trainer_class):
@@ -107,7 +107,7 @@ def by_hand(trainer_class, coefficients):
                 hook.remove()
             assert len(routings) == len(layers)
             summand = sum(
-                coefficient * LOSSES[name](routing, real) / len(layers)
+                coefficient * LOSSES[name](LossInput(routing, real)) / len(layers)
                 for routing in routings
                 for name, coefficient in coefficients.items()
             )

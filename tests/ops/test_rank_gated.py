@@ -7,9 +7,9 @@ import itertools
 import pytest
 import torch
 
-from moelora_plugin.experts.lora import _expert_of_rank
 from moelora_plugin.ops.rank_gated import rank_gated
 from moelora_plugin.ops.reference import moe_lora_loop, topk_softmax_loop
+from moelora_plugin.types import Gates
 
 SHAPES = [  # tokens, in, out, ranks
     (1, 3, 5, (1,)),
@@ -40,8 +40,10 @@ def inputs(shape, top_k, dtype, seed=0):
 
 
 def fused(leaves, ranks, scaling, rescale, scope):
-    owners = None if len(set(ranks)) == 1 else _expert_of_rank(ranks, leaves[0].device)
-    return rank_gated(*leaves, scaling, rescale, scope, owners)
+    owners = torch.tensor([e for e, rank in enumerate(ranks) for _ in range(rank)])
+    *tensors, weights = leaves
+    gates = Gates(weights, scaling, rescale, scope)
+    return rank_gated(*tensors, gates, None if len(set(ranks)) == 1 else owners)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -100,7 +102,7 @@ def test_sqrt_rescale_divides_one_expert_s_gradient_by_the_root_of_its_gate():
     gate = torch.full((6, 1), 0.25, dtype=torch.float64)
     a.requires_grad_()
     grads = {
-        mode: torch.autograd.grad(rank_gated(x, a, b, gate, 1.0, mode).sum(), a)[0]
+        mode: torch.autograd.grad(rank_gated(x, a, b, Gates(gate, 1.0, mode)).sum(), a)[0]
         for mode in ("none", "sqrt", "exact")
     }
     torch.testing.assert_close(grads["sqrt"], grads["none"] / 0.5)
@@ -112,7 +114,7 @@ def test_experts_that_no_token_selects_get_a_zero_gradient():
     weights = torch.zeros(6, 2, dtype=torch.float64)
     weights[:, 0] = 1.0
     for mode in ("none", "sqrt", "exact"):
-        out = rank_gated(*leaves[:3], weights, 1.0, mode)
+        out = rank_gated(*leaves[:3], Gates(weights, 1.0, mode))
         grad_a, grad_b = torch.autograd.grad(out, leaves[1:3], upstream)
         assert torch.count_nonzero(grad_a[2:]) == 0
         assert torch.count_nonzero(grad_b[:, 2:]) == 0
@@ -128,7 +130,7 @@ def test_half_precision_follows_the_oracle(dtype, rescale):
     slow_grads = torch.autograd.grad(slow, leaves, upstream)
     half = [leaf.detach().to(dtype).requires_grad_() for leaf in leaves[:3]]
     gates = leaves[3].detach().requires_grad_()  # gates stay fp32, as routers give them
-    fast = rank_gated(*half, gates, 1.7, rescale)
+    fast = rank_gated(*half, Gates(gates, 1.7, rescale))
     assert fast.dtype == dtype
     grads = torch.autograd.grad(fast, [*half, gates], upstream.to(dtype))
     # Inputs, z, h and the result are each rounded once: a handful of epsilons of the largest entry.
@@ -141,7 +143,7 @@ def test_half_precision_follows_the_oracle(dtype, rescale):
 def test_autocast_computes_in_its_dtype_and_keeps_parameter_gradients_wide():
     leaves, _ = inputs((16, 20, 9, (4,) * 5), 2, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        out = rank_gated(*leaves, 1.7, "sqrt")
+        out = rank_gated(*leaves[:3], Gates(leaves[3], 1.7, "sqrt"))
     assert out.dtype == torch.bfloat16
     out.sum().backward()
     assert all(leaf.grad.dtype == torch.float32 for leaf in leaves)

@@ -39,7 +39,7 @@ def step(model, optimizer, gate_scale: float = 1.0):
     ids = torch.arange(3, 19).view(2, 8)
     model(input_ids=ids, labels=ids).loss.backward()
     for layer in moelora_layers(model).values():
-        layer.moelora_router["default"].weight.grad.mul_(gate_scale)
+        layer.moelora_gate["default"].weight.grad.mul_(gate_scale)
     optimizer.step()
 
 
@@ -144,7 +144,7 @@ def test_the_groups_and_their_roles():
     assert roles == ["experts", "gates", "other", "other"]
     experts, gates, weights, biases = optimizer.param_groups
     assert names_of(model, experts) == ["0.moelora_A.default.weight", "0.moelora_B.default.weight"]
-    assert names_of(model, gates) == ["0.moelora_router.default.weight"]
+    assert names_of(model, gates) == ["0.moelora_gate.default.weight"]
     assert names_of(model, weights) == ["2.modules_to_save.default.weight"]
     assert set(names_of(model, biases)) >= {
         "0.base_layer.bias",
@@ -255,5 +255,5 @@ def test_a_factor_whose_partner_is_frozen_is_refused(frozen):
 def test_frozen_gates_make_no_group():
     model = mixture()
     for layer in moelora_layers(model).values():
-        layer.moelora_router.requires_grad_(False)
+        layer.moelora_gate.requires_grad_(False)
     assert [group["role"] for group in build_optimizer(model, "rsgd").param_groups] == ["experts"]

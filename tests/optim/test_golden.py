@@ -79,13 +79,13 @@ def reference_layout(net: Net, of) -> dict[str, torch.Tensor]:
     named = {}
     for name in ("up", "down"):
         layer = getattr(net, name)
-        ranks = layer.moelora_plan["default"].ranks
+        ranks = layer.moelora_mixture["default"].plan.ranks
         a_blocks = of(layer.moelora_A["default"].weight).split(ranks, dim=0)
         b_blocks = of(layer.moelora_B["default"].weight).split(ranks, dim=1)
         for i, (a, b) in enumerate(zip(a_blocks, b_blocks, strict=True)):
             named[f"{name}.lora_A.{i}.weight"] = a
             named[f"{name}.lora_B.{i}.weight"] = b
-        named[f"{name}.gate.weight"] = of(layer.moelora_router["default"].weight)
+        named[f"{name}.gate.weight"] = of(layer.moelora_gate["default"].weight)
     return named
 
 

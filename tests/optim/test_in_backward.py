@@ -114,7 +114,7 @@ def test_any_optimizer_will_do_and_remove_gives_the_ordinary_gradients_back():
     ours, model, plain = model_of(), model_of(), model_of()
     expected = trained(ours, build_optimizer(ours, "radamw", eps=1e-8, **OPTIONS))
     handle = precondition_in_backward(model, damping=1e-2)
-    gates = [layer.moelora_router["default"].weight for layer in moelora_layers(model).values()]
+    gates = [layer.moelora_gate["default"].weight for layer in moelora_layers(model).values()]
     others = [p for p in model.parameters() if p.requires_grad and all(p is not g for g in gates)]
     groups = [{"params": others}, {"params": gates, "lr": 0.05}]
     assert_close(trained(model, torch.optim.AdamW(groups, lr=0.02, weight_decay=0.0)), expected)

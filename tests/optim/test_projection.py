@@ -15,33 +15,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fixed_gates import Three
 from peft import get_peft_model
 from torch import nn
 
 from moelora_plugin import MoeLoraConfig, build_optimizer
-from moelora_plugin.routers import Router
-from moelora_plugin.types import LayerPlan, Routing
+from moelora_plugin.types import LayerPlan, Place
 
-GATES = (0.6, 0.3, 0.1)
+GATES = Three.gates
 D_IN, D_OUT, RANK, ALPHA = 9, 7, 2, 5.0
 SCALING = ALPHA / RANK
 
 
-class FixedGates(Router):
-    """Gates that do not depend on the input."""
-
-    def reset_parameters(self) -> None:
-        pass
-
-    def forward(self, x_TI):
-        weights = self.static_weights().to(x_TI).expand(x_TI.shape[0], -1)
-        return Routing(logits=weights.log(), probs=weights, weights=weights)
-
-    def static_weights(self):
-        return torch.tensor(GATES, dtype=torch.float64)
-
-
-def unequal_ranks(config: MoeLoraConfig, module_name: str) -> LayerPlan:
+def unequal_ranks(config: MoeLoraConfig, place: Place) -> LayerPlan:
     return LayerPlan(num_experts=3, top_k=3, ranks=(1, 2, 3), alpha=ALPHA)
 
 
@@ -55,7 +41,7 @@ def build(mode: str, allocation: str = "uniform"):
         lora_alpha=ALPHA,
         lora_dropout=0.0,
         target_modules=["0"],
-        router=f"{__name__}.FixedGates",
+        router="fixed_gates.Three",
         allocation=allocation,
         gate_rescale=mode,
     )

@@ -88,12 +88,12 @@ def test_an_sgd_step_follows_the_slow_loop(allocation, dtype):
     loss_of(model).backward()
     expected = {}
     for layer_name, layer in moelora_layers(model).items():
-        ((a, b, ranks, _),) = [tuple(vars(pair).values()) for pair in layer.expert_pairs()]
+        ((a, b, ranks, *_),) = [tuple(vars(pair).values()) for pair in layer.expert_pairs()]
         step_a, step_b = precondition_loop(a.detach(), b.detach(), a.grad, b.grad, ranks, 1e-2)
-        gate = layer.moelora_router["default"].weight
+        gate = layer.moelora_gate["default"].weight
         expected[f"{layer_name}.moelora_A.default.weight"] = a.detach() - 0.1 * step_a
         expected[f"{layer_name}.moelora_B.default.weight"] = b.detach() - 0.1 * step_b
-        expected[f"{layer_name}.moelora_router.default.weight"] = gate.detach() - 0.02 * gate.grad
+        expected[f"{layer_name}.moelora_gate.default.weight"] = gate.detach() - 0.02 * gate.grad
     optimizer.step()
     assert_close(values(model), expected, CLOSE[dtype])
 
@@ -165,6 +165,7 @@ def test_on_metrics_that_are_the_identity_it_is_torch_s_adamw():
     theirs = [nn.Parameter(f.detach().clone()) for f in ours]
     options = {"lr": 0.1, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.3}
     group = {"params": ours, "role": "experts", "ranks": [[2, 2]], "scalings": [1.0]}
+    group["shared"] = ["none"]
     optimizer, reference = (
         RiemannianAdamW([group], damping=0.0, **options),
         torch.optim.AdamW(theirs, **options),
@@ -213,7 +214,7 @@ def test_without_bias_correction_it_follows_the_moments_written_out():
     optimizer = build_optimizer(
         model, "radamw", lr=0.01, gate_lr=0.02, gate_max_grad_norm=None, bias_correction=False
     )
-    gate = next(p for n, p in trainable(model).items() if "router" in n)
+    gate = next(p for n, p in trainable(model).items() if "moelora_gate" in n)
     m = v = torch.zeros_like(gate)
     expected = gate.detach().clone()
     for step in range(5):

@@ -22,7 +22,7 @@ from ...checkpoint import read_adapter_config, resolve_adapter, verify_weights
 from ...config import PEFT_TYPE, MoeLoraConfig
 from ...errors import ConfigError, ExportError, MissingDependencyError
 from ...hf_trainer import optimizer_arguments
-from ...model import MoeLoraModel, find_tuner, moelora_layers
+from ...model import MoeLoraModel, find_tuner, routed_layers
 from ...optim import OPTIMIZERS, RiemannianAdamW, build_optimizer
 from ...trainer_callbacks import logged_aux_losses
 from ..options import adapter_config, refuse_disagreement
@@ -288,7 +288,7 @@ def _aux_loss_callback(tuner: MoeLoraModel) -> Any:
             tuner.aux_losses.scale = 1.0 / train_dataloader.num_micro_batch
 
         def on_log(self, args: Any, state: Any, logs: dict[str, Any], **_: Any) -> None:
-            logs.update(logged_aux_losses(moelora_layers(tuner).values()))
+            logs.update(logged_aux_losses(routed_layers(tuner).values()))
 
         def on_train_end(self, args: Any, state: Any, **_: Any) -> None:
             tuner.aux_losses.scale = 1.0

@@ -1,4 +1,4 @@
-"""The slow oracle: a mixture of LoRA experts written as the papers write it.
+"""A mixture of LoRA experts written as the papers write it.
 
 One Python loop over experts, autograd for every gradient, detach for the surrogates. Nothing in the
 package calls this; tests hold every fast path to it, and `benchmarks/` times it as "how published
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..types import GateRescale, GateRescaleScope
+from ...types import GateRescale, GateRescaleScope
 
 
 def moe_lora_loop(

@@ -1,0 +1,177 @@
+"""A layer with a router of its own.
+
+Shape suffixes: T tokens, E experts.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ..call import CallContext
+from ..config import MoeLoraConfig
+from ..errors import ConfigError
+from ..lookup import lookup, with_options
+from ..losses import LossInput
+from ..routers import ROUTERS, Router
+from ..routers.inputs import INPUTS, RouterInput
+from ..routers.modifiers import MODIFIERS, RouterModifiers
+from ..routers.scores import SCORES, Score
+from ..types import LayerPlan, Routing
+from .aux_loss import AuxLosses, WeightedLoss, weighted_losses
+
+
+class Shared:
+    """What the layers of one model share."""
+
+    def __init__(self) -> None:
+        self.call = CallContext()
+        self.aux_losses = AuxLosses()
+
+
+class RoutedLayer(nn.Module, BaseTunerLayer):
+    """Routers by adapter, what is recorded of them, and how their auxiliary losses enter.
+
+    Modules are keyed by adapter name: `moelora_gate` (the gate: parameters behind the logits),
+    `moelora_router` (from logits to gates; most have no parameters) and `moelora_modifiers`.
+    """
+
+    router_layer_names = ("moelora_gate", "moelora_router", "moelora_modifiers")
+    router_param_names = ("moelora_input", "moelora_aux_losses")
+
+    def __init__(self, shared: Shared) -> None:
+        super().__init__()
+        self.shared = shared
+        self.moelora_gate = nn.ModuleDict()
+        self.moelora_router = nn.ModuleDict()
+        self.moelora_modifiers = nn.ModuleDict()
+        self.moelora_input: dict[str, RouterInput] = {}
+        self.moelora_aux_losses: dict[str, tuple[WeightedLoss, ...]] = {}
+        self._disable_adapters = False
+        self.merged_adapters = []
+        # Kept only while `analysis.routing_statistics` (or whoever sets the flag) asks for it.
+        self.record_routing = False
+        self.last_routing: dict[str, Routing] = {}
+        # Each loss of the last micro-batch before its coefficient, by adapter; for the log.
+        self.last_aux_losses: dict[str, dict[str, Tensor]] = {}
+
+    @property
+    def aux_losses(self) -> AuxLosses:
+        """How much the losses weigh, for all layers of the model."""
+        return self.shared.aux_losses
+
+    def add_router(
+        self, adapter: str, config: MoeLoraConfig, plan: LayerPlan, in_features: int
+    ) -> None:
+        """Create an adapter's router.
+
+        Args:
+            adapter: its name.
+            config: its configuration.
+            plan: the experts that are decided about.
+            in_features: width of what the router reads.
+        """
+        self.moelora_input[adapter] = with_options(
+            "router_input_kwargs",
+            lookup("router_inputs", config.router_input, INPUTS),
+            config.router_input_kwargs,
+        )
+        self.moelora_gate[adapter] = with_options(
+            "router_score_kwargs",
+            lookup("router_scores", config.router_score, SCORES),
+            config.router_score_kwargs,
+            in_features,
+            plan,
+        )
+        self.moelora_router[adapter] = with_options(
+            "router_kwargs",
+            lookup("routers", config.router, ROUTERS),
+            config.router_kwargs,
+            in_features,
+            plan,
+        )
+        self.moelora_modifiers[adapter] = RouterModifiers(
+            [
+                lookup("router_modifiers", name, MODIFIERS)(value, plan)
+                for name, value in config.router_modifiers.items()
+            ]
+        )
+        self.moelora_aux_losses[adapter] = weighted_losses(config.aux_losses)
+
+    def route(self, x: Tensor, adapter: str, a: Tensor | None = None) -> Routing:
+        """The decision for every token of x (..., in), T of them."""
+        rows = self.moelora_input[adapter].rows(x, self.shared.call.call)
+        routing: Routing = self._router(adapter)(
+            rows, self._score(adapter), self._modifiers(adapter), a
+        )
+        if rows.row_of_token is not None:
+            routing = routing.rows(rows.row_of_token)
+        if self.record_routing:
+            self.last_routing[adapter] = routing.detach()
+        return routing
+
+    def enter_losses(self, update: Tensor, inputs: LossInput, adapter: str) -> Tensor:
+        """Tie the adapter's auxiliary losses to the update, while training."""
+        losses = self.moelora_aux_losses[adapter]
+        if losses and self.training and torch.is_grad_enabled():
+            update, self.last_aux_losses[adapter] = self.aux_losses.enter(
+                update, inputs, losses, adapter
+            )
+        return update
+
+    def before_call(self) -> None:
+        """Let modifiers change their state, before a training call of the model."""
+        for adapter in self.active_adapters:
+            if adapter in self.moelora_modifiers:
+                self._modifiers(adapter).before_call()
+
+    def fixed_weights(self, adapter: str) -> Tensor | None:
+        """The gates (E,) where they ignore the input, so that a merge is exact; else None."""
+        router, score = self._router(adapter), self._score(adapter)
+        weights_E = router.fixed_weights()
+        if weights_E is not None:
+            return weights_E
+        rows = self.moelora_input[adapter].fixed_rows(self.shared.call.call)
+        if rows is None or score.reads_input or router.reads_input:
+            return None
+        routing: Routing = router(rows, score, self._modifiers(adapter))
+        return routing.weights[0]
+
+    def router_weights(self, adapter: str = "default") -> Tensor:
+        """The gate (E, in): a writable view without gradient.
+
+        Raises:
+            ConfigError: this adapter's score is no such matrix.
+        """
+        weight = getattr(self.moelora_gate[adapter], "weight", None)
+        if not isinstance(weight, Tensor):
+            raise ConfigError(
+                f"{type(self.moelora_gate[adapter]).__name__} has no gate matrix; read its own "
+                "parameters from moelora_gate."
+            )
+        return weight.detach()
+
+    def gate_parameters(self) -> list[nn.Parameter]:
+        """The routers' trainable parameters."""
+        modules = (*self.moelora_gate.values(), *self.moelora_router.values())
+        return [p for module in modules for p in module.parameters() if p.requires_grad]
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """What trains of all adapters here."""
+        return [
+            parameter
+            for name, parameter in self.named_parameters()
+            if name.startswith("moelora_") and parameter.requires_grad
+        ]
+
+    def _router(self, adapter: str) -> Router:
+        return cast(Router, self.moelora_router[adapter])
+
+    def _score(self, adapter: str) -> Score:
+        return cast(Score, self.moelora_gate[adapter])
+
+    def _modifiers(self, adapter: str) -> RouterModifiers:
+        return cast(RouterModifiers, self.moelora_modifiers[adapter])

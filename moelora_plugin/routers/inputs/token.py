@@ -1,0 +1,25 @@
+"""Every token is decided about by itself.
+
+Shape suffixes: I in, T tokens.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ...call import Call
+from ...types import Rows
+from .base import RouterInput
+
+
+class TokenInput(RouterInput):
+    """Rows are tokens."""
+
+    def rows(self, x: Tensor, call: Call) -> Rows:
+        """One row per token."""
+        x_TI = x.reshape(-1, x.shape[-1])
+        real_T = call.real_T
+        # Layers that see other tokens (a vision tower, a pooled sequence) have no mask.
+        if real_T is not None and len(real_T) != len(x_TI):
+            real_T = None
+        return Rows(x=x_TI, real=real_T, batch=x.shape[0] if x.ndim == 3 else 1)
