@@ -40,6 +40,7 @@ class MoeLoraModel(BaseTuner):
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         # The constructor injects the first adapter, whose layers share this.
         self.shared = Shared()
+        self._sites: dict[str, Site] = {}
         super().__init__(model, *args, **kwargs)
 
     @property
@@ -61,12 +62,12 @@ class MoeLoraModel(BaseTuner):
             for name, _ in model.named_modules()
             if name and not any(name.startswith(f"{inside}.") for inside in tuned)
         )
-        self._site: Site | None = None
+        self._sites.pop(adapter_name, None)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         empty = kwargs.get("low_cpu_mem_usage", False)
         with init_empty_weights() if empty else nullcontext():
-            if self._site is not None:
-                self._site.connect(model, adapter_name, self.shared)
+            if adapter_name in self._sites:
+                self._sites[adapter_name].connect(model, adapter_name, self.shared)
         self.aux_losses.num_layers[adapter_name] = sum(
             adapter_name in layer.moelora_router for layer in routed_layers(model).values()
         )
@@ -116,7 +117,7 @@ class MoeLoraModel(BaseTuner):
             peft_config,
             place,
         )
-        site = self._site_of(peft_config)
+        site = self._site_of(adapter_name, peft_config)
         plan, router_plan = site.expert_plan(place, plan), site.router_plan(place, plan)
         if isinstance(target, MoeLoraLinear):
             target.update_layer(adapter_name, peft_config, plan, router_plan, current_key)
@@ -128,22 +129,22 @@ class MoeLoraModel(BaseTuner):
             layer.requires_grad_(False)  # a further adapter does not train until it is made active
         self._replace_module(parent, target_name, layer, target)
 
-    def _site_of(self, config: MoeLoraConfig) -> Site:
+    def _site_of(self, adapter: str, config: MoeLoraConfig) -> Site:
         """The site of the adapter that is being injected; made at its first target module."""
-        if self._site is None:
+        if adapter not in self._sites:
             targets = [
                 place
                 for name, place in self._places.items()
                 if self._check_target_module_exists(config, name)
             ]
-            self._site = with_options(
+            self._sites[adapter] = with_options(
                 "site_kwargs",
                 lookup("sites", config.site, SITES),
                 config.site_kwargs,
                 config,
                 targets,
             )
-        return self._site
+        return self._sites[adapter]
 
     def config_of(self, adapter: str) -> MoeLoraConfig:
         """The adapter's configuration."""
