@@ -62,7 +62,7 @@ def loop_update(layer: MoeLoraLinear, x_TI: Tensor, gates_TE: Tensor) -> Tensor:
     """s * sum_i g_i B_i A_i x, one expert at a time."""
     experts = layer.expert_weights()
     parts = [gates_TE[:, i, None] * (x_TI @ a.T @ b.T) for i, (a, b) in enumerate(experts)]
-    return layer.moelora_scaling["default"] * sum(parts)
+    return layer.moelora_mixture["default"].scaling * sum(parts)
 
 
 def loop_gates(layer: MoeLoraLinear, x_TI: Tensor, top_k: int = 2) -> Tensor:

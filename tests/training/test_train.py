@@ -196,7 +196,7 @@ def test_early_stopping_saves_the_best_checkpoint(make_recipe: MakeRecipe) -> No
     # The rate is far too high, so the loss soon rises.
     result = train(
         make_recipe(
-            optimizer={"lr": 0.3},
+            optimizer={"lr": 3.0},
             training={"max_steps": 40, "eval_steps": 2, "save_steps": 2, "save_total_limit": 1},
             early_stopping={"patience": 2},
         )
@@ -214,7 +214,7 @@ def test_resuming_keeps_the_patience_that_was_used_up(
     make_recipe: MakeRecipe, tmp_path: Path
 ) -> None:
     sections: dict[str, Any] = {
-        "optimizer": {"lr": 0.3},
+        "optimizer": {"lr": 3.0},
         "training": {"max_steps": 40, "eval_steps": 2, "save_steps": 2},
         "early_stopping": {"patience": 2},
     }
