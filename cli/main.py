@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 from moelora_plugin.errors import MoeLoraError
 
 from . import (
+    cluster,
     demo,
     doctor,
     evaluate,
@@ -21,6 +22,7 @@ from . import (
     launch,
     path,
     presets,
+    search,
     tasks,
     train,
 )
@@ -57,6 +59,7 @@ for _name, _function, _epilog in (
     ("eval", evaluate.evaluate, evaluate.EXAMPLES),
     ("export", export.export, export.EXAMPLES),
     ("demo", demo.demo, demo.EXAMPLES),
+    ("cluster", cluster.cluster, cluster.EXAMPLES),
     ("init", init.init, init.EXAMPLES),
     ("tasks", tasks.tasks, tasks.EXAMPLES),
     ("presets", presets.presets, presets.EXAMPLES),
@@ -65,6 +68,7 @@ for _name, _function, _epilog in (
     ("doctor", doctor.doctor, doctor.EXAMPLES),
 ):
     app.command(_name, epilog=_epilog)(_function)
+app.add_typer(search.app, name="search")
 app.command("launch", epilog=launch.EXAMPLES, context_settings=launch.CONTEXT)(launch.launch)
 
 

@@ -13,6 +13,7 @@ from . import autoload
 
 if TYPE_CHECKING:
     from .analysis import routing_statistics
+    from .call import routing_ids
     from .checkpoint import load_adapter, save_adapter
     from .config import MoeLoraConfig
     from .export import export_adapter
@@ -37,6 +38,7 @@ _HOME_OF = {
     "export_adapter": "export",
     "load_adapter": "checkpoint",
     "precondition_in_backward": "optim",
+    "routing_ids": "call",
     "routing_statistics": "analysis",
     "save_adapter": "checkpoint",
 }
@@ -51,6 +53,7 @@ __all__ = [
     "export_adapter",
     "load_adapter",
     "precondition_in_backward",
+    "routing_ids",
     "routing_statistics",
     "save_adapter",
 ]

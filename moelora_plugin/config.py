@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, TypeGuard, TypeVar, get_args
 
 from peft.config import PeftConfig
 from peft.utils.peft_types import PeftType
 
 from .errors import ConfigError
-from .lookup import unknown_key_message, unknown_name_message
-from .presets import PRESETS
+from .lookup import lookup, unknown_key_message
+from .presets import PRESETS, resolve
 from .types import GateRescale, GateRescaleScope
 
 PEFT_TYPE = "MOELORA"
@@ -157,16 +159,33 @@ class MoeLoraConfig(PeftConfig):
     use_rslora: bool = False
     format_version: int = FORMAT_VERSION
 
+    # No field: it is not saved. Whether the values of the adapter come from its file.
+    from_file = False
+
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> MoeLoraConfig:
         """The preset's configuration; `overrides` win over it.
 
+        A mapping such as `init_kwargs` or `aux_losses` is joined with the preset's key by key;
+        None takes a key out of it. Naming another router, score, ... drops the preset's options for
+        its own.
+
         Raises:
-            ConfigError: unknown preset; the nearest names are offered.
+            ConfigError: unknown preset (the nearest names are offered), or one that needs a value
+                which only the user can give, and did not.
         """
-        if name not in PRESETS:
-            raise ConfigError(unknown_name_message("preset", name, PRESETS))
-        return cls(**{**PRESETS[name].overrides, **overrides})
+        return cls(**resolve(name, lookup("presets", name, PRESETS), overrides))
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> MoeLoraConfig:
+        """PEFT's own, noting that the adapter's values come from a file.
+
+        PEFT passes the configuration on to inject the adapter whose weights it loads next; also to
+        train on, an initialisation must then not ask for adapters or base weights again.
+        """
+        config: MoeLoraConfig = super().from_pretrained(*args, **kwargs)
+        config.from_file = True
+        return config
 
     def __post_init__(self) -> None:
         """Validate and normalise."""
@@ -179,6 +198,7 @@ class MoeLoraConfig(PeftConfig):
         self._validate_choice("universal_expert", _UNIVERSAL_EXPERTS)
         self._validate_mappings()
         self._validate_aux_losses()
+        self._embed_allocation_file()
         if self.format_version != FORMAT_VERSION:
             raise ConfigError(
                 f"format_version={self.format_version} was written by another release of moelora; "
@@ -231,6 +251,23 @@ class MoeLoraConfig(PeftConfig):
                     f"aux_losses[{name!r}]={value!r} must be a number of at least 0, or a mapping "
                     "with such a number as coefficient."
                 )
+
+    def _embed_allocation_file(self) -> None:
+        """Put the content of an allocation's JSON file in its path's place.
+
+        So a saved adapter does not need the file, which may change or be gone.
+        """
+        if self.allocation != "modules" or "path" not in self.allocation_kwargs:
+            return
+        path = Path(self.allocation_kwargs["path"])
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"allocation_kwargs['path']={str(path)!r} is no JSON file that can be read: {error}"
+            ) from error
+        rest = {key: value for key, value in self.allocation_kwargs.items() if key != "path"}
+        self.allocation_kwargs = {**rest, "modules": content}
 
     def _validate_mappings(self) -> None:
         for key in _MAPPINGS:

@@ -18,7 +18,9 @@ from .allocation import ALLOCATIONS
 from .call import Call
 from .config import MoeLoraConfig
 from .errors import ConfigError
+from .initialization import INITIALIZATIONS
 from .layers import AuxLosses, MoeLoraLinear, RoutedLayer, Shared
+from .layers.block import blocks_of
 from .layers.sites import SITES, Site
 from .lookup import lookup, with_options
 from .types import GateRescale, Place
@@ -32,7 +34,7 @@ class MoeLoraModel(BaseTuner):
     """
 
     prefix: str = "moelora_"
-    tuner_layer_cls = MoeLoraLinear
+    tuner_layer_cls = RoutedLayer
     target_module_mapping = cast(
         "dict[str, list[str]]", TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     )
@@ -56,7 +58,7 @@ class MoeLoraModel(BaseTuner):
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
         """PEFT's own; then what the adapter's layers share is set up."""
-        tuned = [n for n, m in model.named_modules() if isinstance(m, MoeLoraLinear)]
+        tuned = [n for n, m in model.named_modules() if isinstance(m, RoutedLayer)]
         self._places = places(
             name
             for name, _ in model.named_modules()
@@ -137,6 +139,12 @@ class MoeLoraModel(BaseTuner):
                 for name, place in self._places.items()
                 if self._check_target_module_exists(config, name)
             ]
+            if not (config.inference_mode or config.from_file):
+                with_options(
+                    "init_kwargs",
+                    lookup("initializations", config.init, INITIALIZATIONS),
+                    config.init_kwargs,
+                ).check_targets([place.name for place in targets])
             self._sites[adapter] = with_options(
                 "site_kwargs",
                 lookup("sites", config.site, SITES),
@@ -146,6 +154,35 @@ class MoeLoraModel(BaseTuner):
             )
         return self._sites[adapter]
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """PEFT's own, which passes over modules inside others of ours: blocks lose it here."""
+        super().delete_adapter(adapter_name)
+        for ffn, block in blocks_of(self.model):
+            block.delete_adapter(adapter_name)
+            block.set_adapter(self.active_adapters)
+            if not block.moelora_router:
+                block.remove_from(ffn)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        """PEFT's own, which leaves alone what replaces no module."""
+        super()._unload_and_optionally_merge(*args, **kwargs)
+        for ffn, block in blocks_of(self.model):
+            block.remove_from(ffn)
+        # Our hooks would take the ids of an adapter that is added next. By owner, since a copy of
+        # the model has no handles of its own.
+        for hooks in (self.model._forward_pre_hooks, self.model._forward_hooks):
+            for key in [k for k, hook in hooks.items() if _owner(hook) is self.shared.call]:
+                del hooks[key]
+        return self.model
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """PEFT's own casts parameters; frozen experts and offsets meet those in products."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if not autocast_adapter_dtype:
+            return
+        for layer in routed_layers(self.model).values():
+            layer.widen_buffers(adapter_name)
+
     def config_of(self, adapter: str) -> MoeLoraConfig:
         """The adapter's configuration."""
         return cast(MoeLoraConfig, self.peft_config[adapter])
@@ -153,7 +190,7 @@ class MoeLoraModel(BaseTuner):
     def set_gate_rescale(self, mode: GateRescale, adapter: str) -> None:
         """Fix the backward exponent of an adapter; its config records the value that was used."""
         self.config_of(adapter).gate_rescale = mode
-        for layer in moelora_layers(self).values():
+        for layer in routed_layers(self).values():
             if adapter in layer.moelora_gate_rescale:
                 layer.moelora_gate_rescale[adapter] = mode
 
@@ -195,6 +232,10 @@ def places(names: Iterable[str]) -> dict[str, Place]:
 def find_tuner(model: Any) -> MoeLoraModel | None:
     """The tuner inside a PeftModel (however it is wrapped), or None."""
     return next((m for m in model.modules() if isinstance(m, MoeLoraModel)), None)
+
+
+def _owner(hook: Any) -> Any:
+    return getattr(hook, "__self__", None)
 
 
 def _refuse_sharded(model: nn.Module) -> None:

@@ -144,11 +144,13 @@ class ExpertInput:
         x: (T, in), dropout applied.
         base_output: what the base made of the undropped x (T, out).
         base_weight: gives the base's weight (out, in); raises where it is quantised.
+        training: whether the layer is in training mode, for dropout of an expert kind's own.
     """
 
     x: torch.Tensor
     base_output: torch.Tensor
     base_weight: Callable[[], torch.Tensor]
+    training: bool = False
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from .layers import layers
+from .modules import modules
+from .pattern import pattern
 from .uniform import uniform
 
 if TYPE_CHECKING:
@@ -19,6 +22,9 @@ Allocation = Callable[..., "LayerPlan"]
 
 ALLOCATIONS: dict[str, Allocation] = {
     "uniform": uniform,
+    "layers": layers,
+    "pattern": pattern,
+    "modules": modules,
 }
 
-__all__ = ["ALLOCATIONS", "Allocation", "uniform"]
+__all__ = ["ALLOCATIONS", "Allocation", "layers", "modules", "pattern", "uniform"]

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
 from ..types import LayerPlan
 
 if TYPE_CHECKING:
     from ..config import MoeLoraConfig
+
+# What an allocation decides, and the key of the configuration that holds where it does not.
+AXES: Mapping[str, str] = {
+    "num_experts": "num_experts",
+    "top_k": "top_k",
+    "r": "r",
+    "alpha": "lora_alpha",
+}
 
 
 def plan_of(
@@ -22,7 +31,8 @@ def plan_of(
     """The plan of one module.
 
     Args:
-        config: says with `total_rank` whether a single `r` is one expert's or is split over them.
+        config: says with `total_rank` whether a single `r` is one expert's or is split over them,
+            and whether alpha / r takes the mean of several or their sum.
         num_experts: experts.
         top_k: experts selected for a token.
         r: rank of each expert, one for all or one per expert.
@@ -41,7 +51,8 @@ def plan_of(
             raise ConfigError(
                 f"r={list(r)!r} must hold one rank for each of {num_experts} experts."
             )
-        return LayerPlan(num_experts, top_k, tuple(r), alpha)
+        total = sum(r) if config.total_rank else None
+        return LayerPlan(num_experts, top_k, tuple(r), alpha, scale_rank=total)
     if not config.total_rank:
         return LayerPlan(num_experts, top_k, (r,) * num_experts, alpha)
     if r % num_experts:
@@ -50,3 +61,33 @@ def plan_of(
             "or set total_rank to False."
         )
     return LayerPlan(num_experts, top_k, (r // num_experts,) * num_experts, alpha, scale_rank=r)
+
+
+def plan_from(config: MoeLoraConfig, where: str, values: Mapping[str, Any]) -> LayerPlan:
+    """The plan of one module, from an allocation's values and the configuration's for the rest.
+
+    Args:
+        config: the adapter's.
+        where: what holds the values, for errors ("allocation_kwargs").
+        values: by the names in `AXES`; `r` may be a list, one rank per expert.
+
+    Raises:
+        ConfigError: a value is not of its kind, or they do not fit together.
+    """
+    for axis, value in values.items():
+        if axis == "alpha":
+            good = isinstance(value, int | float) and 0 < value < math.inf
+            what = "a positive number"
+        elif axis == "r" and isinstance(value, list | tuple):
+            good = bool(value) and all(_is_count(rank) for rank in value)
+            what = "integers of at least 1"
+        else:
+            good, what = _is_count(value), "an integer of at least 1"
+        if isinstance(value, bool) or not good:
+            raise ConfigError(f"{where}[{axis!r}]={value!r} must be {what}.")
+    full = {axis: values.get(axis, getattr(config, key)) for axis, key in AXES.items()}
+    return plan_of(config, **full)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -33,6 +33,7 @@ class AdapterSummary:
         path: its folder.
         config: its configuration.
         modules: adapted modules by the last part of their name, and how often each occurs.
+        total_ranks: rows of each module's stacked A, where its experts have one.
         expert_parameters: entries of all A and B.
         router_parameters: entries of all routers.
         dtypes: dtypes of the stored tensors.
@@ -43,6 +44,7 @@ class AdapterSummary:
     path: Path
     config: MoeLoraConfig
     modules: dict[str, int]
+    total_ranks: tuple[int, ...]
     expert_parameters: int
     router_parameters: int
     dtypes: tuple[str, ...]
@@ -55,10 +57,10 @@ class AdapterSummary:
         rows = {
             "adapter": str(self.path),
             "base": str(config.base_model_name_or_path),
-            "experts": f"{config.num_experts}, top {config.top_k}, rank {config.r} each "
-            f"(total rank {config.num_experts * config.r})",
+            "experts": self._experts(),
             "scale": f"alpha {config.lora_alpha:g}" + (", rsLoRA" if config.use_rslora else ""),
-            "router": config.router,
+            "router": f"{config.router}, {config.router_score} scores, by {config.router_input}, "
+            f"per {config.site}",
             "gate rescale": f"{config.gate_rescale} (scope {config.gate_rescale_scope})",
             "modules": ", ".join(f"{name} x {count}" for name, count in self.modules.items()),
             "parameters": f"{self.expert_parameters:,} in experts, "
@@ -72,6 +74,20 @@ class AdapterSummary:
         for name, value in rows.items():
             head.add_row(f"[bold]{name}[/bold]", escape(value))
         return Group(head, *self._load_table())
+
+    def _experts(self) -> str:
+        """Kind, number and ranks."""
+        config = self.config
+        kind = "" if config.expert == "lora" else f"{config.expert}, "
+        if config.allocation != "uniform":
+            ranks = self.total_ranks or (0,)
+            span = str(ranks[0]) if len(set(ranks)) == 1 else f"{min(ranks)} to {max(ranks)}"
+            return f"{kind}by allocation {config.allocation!r} (total rank {span} per module)"
+        rank = config.r / config.num_experts if config.total_rank else config.r
+        return (
+            f"{kind}{config.num_experts}, top {config.top_k}, rank {rank:g} each "
+            f"(total rank {rank * config.num_experts:g})"
+        )
 
     def _training(self) -> str:
         """One line of what the manifest says about the run."""
@@ -119,6 +135,7 @@ def inspect_adapter(path: Path | str) -> AdapterSummary:
         )
     digest = verify_weights(folder)
     adapted: set[str] = set()
+    total_ranks = []
     experts = routers = 0
     dtypes = set()
     with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
@@ -134,10 +151,13 @@ def inspect_adapter(path: Path | str) -> AdapterSummary:
             else:
                 experts += size
                 adapted.add(module)
+                if parameter == "A.weight":
+                    total_ranks.append(tensor.get_shape()[0])
     return AdapterSummary(
         path=folder,
         config=MoeLoraConfig.from_pretrained(str(folder)),
         modules=dict(Counter(name.rpartition(".")[2] for name in sorted(adapted))),
+        total_ranks=tuple(total_ranks),
         expert_parameters=experts,
         router_parameters=routers,
         dtypes=tuple(sorted(dtypes)),

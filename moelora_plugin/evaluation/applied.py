@@ -43,10 +43,13 @@ def require_applied(model: Any, token_ids: list[int]) -> None:
 
 
 def _must_change(model: Any) -> bool:
-    """Whether some layer has an active adapter with every expert's B A non-zero."""
+    """Whether some layer has an active adapter with every expert's B A non-zero.
+
+    Expert kinds without such factors say nothing.
+    """
     return any(
-        all(bool(a.any()) and bool(b.any()) for a, b in layer.expert_weights(adapter))
+        all(bool(a.any()) and bool(b.any()) for a, b in experts)
         for layer in moelora_layers(model).values()
         for adapter in getattr(model, "active_adapters", [])
-        if adapter in layer.moelora_mixture
+        if adapter in layer.moelora_mixture and (experts := layer.expert_weights(adapter))
     )

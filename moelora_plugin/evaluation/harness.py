@@ -12,8 +12,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.resources import files
@@ -25,6 +25,7 @@ from moelora_eval_tasks.catalog import PREFIX, Task, resolve
 from moelora_eval_tasks.metrics import Array
 from moelora_eval_tasks.scoring import SCORE
 
+from ..call import routing_ids
 from ..errors import MissingDependencyError
 
 if TYPE_CHECKING:
@@ -128,15 +129,42 @@ def wrap(model: Any, tokenizer: Any, batch_size: int) -> HFLM:
         )
 
 
-def predict(lm: HFLM, loaded: LoadedTasks) -> dict[str, Predictions]:
+def predict(
+    lm: HFLM, loaded: LoadedTasks, task_ids: Mapping[str, int] | None = None
+) -> dict[str, Predictions]:
     """Answer every row of the loaded tasks.
+
+    Args:
+        lm: the model.
+        loaded: the tasks.
+        task_ids: ids by task name, for adapters that route by it. Tasks are then scored one after
+            the other, because lm-eval mixes their rows in its batches.
 
     Returns:
         Predictions by task name, in the rows' order.
     """
+    if not task_ids:
+        return _predict(lm, loaded.lm_eval)
+    found: dict[str, Predictions] = {}
+    for key, task in loaded.lm_eval["tasks"].items():
+        with task_id_of(lm.model, key.removeprefix(PREFIX), task_ids):
+            found |= _predict(lm, {**loaded.lm_eval, "tasks": {key: task}})
+    return found
+
+
+def task_id_of(
+    model: Any, name: str, task_ids: Mapping[str, int] | None
+) -> AbstractContextManager[None]:
+    """Tell the model which task is going on, where there is an id for it."""
+    if not task_ids or name not in task_ids:
+        return nullcontext()
+    return routing_ids(model, task_id=task_ids[name])
+
+
+def _predict(lm: HFLM, tasks: Any) -> dict[str, Predictions]:
     from lm_eval.evaluator import evaluate
 
-    results: Any = evaluate(lm, loaded.lm_eval, bootstrap_iters=0)
+    results: Any = evaluate(lm, tasks, bootstrap_iters=0)
     return {
         name.removeprefix(PREFIX): _collect(samples) for name, samples in results["samples"].items()
     }

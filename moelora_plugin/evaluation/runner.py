@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from typing import Any
@@ -13,10 +13,11 @@ from moelora_eval_tasks.catalog import GROUPS, canonical
 from ..errors import ConfigError
 from . import provenance
 from .applied import require_applied
-from .harness import LoadedTasks, load_tasks, predict, wrap
+from .harness import LoadedTasks, load_tasks, predict, task_id_of, wrap
 from .report import EvaluationReport
 from .request import EvaluationRequest
 from .statistics import combine, measure
+from .task_ids import trained_task_ids
 
 
 def evaluate(request: EvaluationRequest) -> EvaluationReport:
@@ -33,7 +34,10 @@ def evaluate(request: EvaluationRequest) -> EvaluationReport:
     path = request.output_file()
     loaded = load_tasks(request.tasks, request.data_dir, request.limit, request.seed)
     model, tokenizer = _load_model(request)
-    report = _score(model, tokenizer, loaded, request.batch_size, request.compare_base)
+    task_ids = None
+    if request.adapter is not None:
+        task_ids = trained_task_ids(model, request.adapter, loaded.tasks)
+    report = _score(model, tokenizer, loaded, request.batch_size, request.compare_base, task_ids)
     details = {**report.details, "request": {**asdict(request), "output": str(path)}}
     if request.adapter is not None:
         details["adapter"] = provenance.adapter_of(request.adapter)
@@ -50,6 +54,7 @@ def evaluate_model(
     batch_size: int = 8,
     compare_base: bool = False,
     seed: int = 0,
+    task_ids: Mapping[str, int] | None = None,
 ) -> EvaluationReport:
     """Score a model that is in memory; `report.write(path)` saves the outcome.
 
@@ -62,6 +67,7 @@ def evaluate_model(
         batch_size: rows per forward pass.
         compare_base: also score the model with its adapter switched off, on the same rows.
         seed: of the draw of rows and of the bootstrap.
+        task_ids: the id of each task by name, for an adapter with the router input "task".
 
     Raises:
         ConfigError: an unknown task, or `compare_base` of a model without an adapter.
@@ -70,11 +76,16 @@ def evaluate_model(
         MissingDependencyError: lm-eval or the network is not there.
     """
     loaded = load_tasks(tasks, data_dir, limit, seed)
-    return _score(model, tokenizer, loaded, batch_size, compare_base)
+    return _score(model, tokenizer, loaded, batch_size, compare_base, task_ids)
 
 
 def _score(
-    model: Any, tokenizer: Any, loaded: LoadedTasks, batch_size: int, compare_base: bool
+    model: Any,
+    tokenizer: Any,
+    loaded: LoadedTasks,
+    batch_size: int,
+    compare_base: bool,
+    task_ids: Mapping[str, int] | None,
 ) -> EvaluationReport:
     """Answer every row with the model, and with its base if asked; then do the statistics."""
     if compare_base and not hasattr(model, "disable_adapter"):
@@ -88,8 +99,9 @@ def _score(
     base = None
     try:
         lm = wrap(model, tokenizer, batch_size)
-        require_applied(model, lm.tok_encode(loaded.first_prompt))
-        predictions = predict(lm, loaded)
+        with task_id_of(model, loaded.tasks[0].name, task_ids):
+            require_applied(model, lm.tok_encode(loaded.first_prompt))
+        predictions = predict(lm, loaded, task_ids)
         if compare_base:
             with model.disable_adapter():
                 base = predict(lm, loaded)

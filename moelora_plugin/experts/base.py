@@ -1,6 +1,6 @@
 """What every expert kind is: functions of the tensors that the layer owns.
 
-Shape suffixes: T tokens, I in, O out, E experts, R total rank.
+Shape suffixes: T tokens, I in, O out, E experts, R total rank; r is one expert's rank.
 """
 
 from __future__ import annotations
@@ -8,9 +8,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
-from ..errors import ExportError
+from ..errors import ConfigError, ExportError
 from ..types import ExpertInput, ExpertPair, Gates, LayerPlan
 
 # The experts' tensors by name. "A" and "B" are the factors; a kind may have others, or only some.
@@ -26,6 +27,7 @@ class ExpertKind(ABC):
     Attributes:
         frozen: names of tensors that do not train; the layer keeps them as buffers, saved with the
             adapter.
+        sums_outputs: whether the update is sum_i g_i s B_i A_i x over the pairs of `split`.
 
     Args:
         plan: the layer's experts.
@@ -34,6 +36,7 @@ class ExpertKind(ABC):
     """
 
     frozen: frozenset[str] = frozenset()
+    sums_outputs: bool = False
 
     def __init__(self, plan: LayerPlan, in_features: int, out_features: int) -> None:
         self.plan = plan
@@ -54,9 +57,27 @@ class ExpertKind(ABC):
     def update(self, tensors: Tensors, inputs: ExpertInput, gates: Gates) -> Tensor:
         """The mixture's update (T, O)."""
 
-    @abstractmethod
     def split(self, tensors: Tensors) -> list[tuple[Tensor, Tensor]]:
-        """Views (A_i, B_i), one pair per expert; a shared factor is in every pair."""
+        """Views (A_i, B_i), one pair per expert; a shared factor is in every pair.
+
+        Empty where the kind has no such factors. Block-diagonal and mixed factors are narrower than
+        the module where they work on slices of it.
+        """
+        return []
+
+    def outputs(self, tensors: Tensors, x_TI: Tensor, scaling: float) -> Tensor:
+        """Each expert's output s B_i A_i x (T, E, O), for auxiliary losses.
+
+        Raises:
+            ConfigError: the update is no such sum.
+        """
+        if not self.sums_outputs:
+            raise ConfigError(
+                f"A loss in aux_losses reads each expert's own output, and {type(self).__name__} "
+                "has none; take that loss out or change expert."
+            )
+        outputs = [x_TI @ a.T @ b.T for a, b in self.split(tensors)]
+        return torch.stack(outputs, 1) * scaling
 
     def static_update(self, tensors: Tensors, weights_E: Tensor, scaling: float) -> Tensor:
         """The weight update (O, I) for gates that do not depend on the input.
@@ -72,3 +93,16 @@ class ExpertKind(ABC):
     def pairs(self, tensors: Tensors, scaling: float) -> list[ExpertPair]:
         """The factors that have Riemannian metrics; what is in none trains as it is."""
         return []
+
+    def uniform_rank(self) -> int:
+        """The rank that all experts have.
+
+        Raises:
+            ConfigError: the allocation gives them different ranks.
+        """
+        if not self.plan.is_uniform:
+            raise ConfigError(
+                f"{type(self).__name__} needs experts of one rank, but allocation gives "
+                f"{list(self.plan.ranks)}; change allocation or expert."
+            )
+        return self.plan.ranks[0]

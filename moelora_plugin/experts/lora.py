@@ -8,25 +8,47 @@ from __future__ import annotations
 from itertools import accumulate
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..ops.rank_gated import rank_gated
-from ..types import ExpertInput, ExpertPair, Gates
+from ..types import ExpertInput, ExpertPair, Gates, LayerPlan
 from .base import ExpertKind, Tensors
 
 
 class LoraExperts(ExpertKind):
-    """E_i(x) = s B_i A_i x (arXiv 2502.15828, eq. 8)."""
+    """E_i(x) = s B_i A_i x (arXiv 2502.15828, eq. 8).
+
+    Args:
+        plan: the layer's experts.
+        in_features: I.
+        out_features: O.
+        frozen: keep A and B as they are loaded or initialised, and train the router only (experts
+            that come from existing adapters). They are zero until an initialisation that reads
+            adapters, or an adapter's file, fills them.
+    """
+
+    sums_outputs = True
+
+    def __init__(
+        self, plan: LayerPlan, in_features: int, out_features: int, *, frozen: bool = False
+    ) -> None:
+        super().__init__(plan, in_features, out_features)
+        if frozen:
+            self.frozen = frozenset({"A", "B"})
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """A is (R, I), B is (O, R)."""
         rank = self.plan.total_rank
         return {"A": (rank, self.in_features), "B": (self.out_features, rank)}
 
+    def reset(self, tensors: Tensors) -> None:
+        """Zeros where frozen: an initialisation is not given frozen tensors, only their views."""
+        for name in self.frozen:
+            nn.init.zeros_(tensors[name])
+
     def update(self, tensors: Tensors, inputs: ExpertInput, gates: Gates) -> Tensor:
         """`ops.rank_gated`: two products for all experts together."""
-        owners = None if self.plan.is_uniform else self._expert_of_rank(inputs.x.device)
-        return rank_gated(inputs.x, tensors["A"], tensors["B"], gates, owners)
+        return rank_gated(inputs.x, tensors["A"], tensors["B"], gates, self._owners(inputs.x))
 
     def split(self, tensors: Tensors) -> list[tuple[Tensor, Tensor]]:
         """Views (A_i (r_i, I), B_i (O, r_i))."""
@@ -43,6 +65,10 @@ class LoraExperts(ExpertKind):
     def pairs(self, tensors: Tensors, scaling: float) -> list[ExpertPair]:
         """One pair, with one metric per expert."""
         return [ExpertPair(tensors["A"], tensors["B"], self.plan.ranks, scaling)]
+
+    def _owners(self, x_TI: Tensor) -> Tensor | None:
+        """What `rank_gated` needs to know where the ranks differ."""
+        return None if self.plan.is_uniform else self._expert_of_rank(x_TI.device)
 
     def _expert_of_rank(self, device: torch.device) -> Tensor:
         """The expert that owns each rank (R,)."""

@@ -21,8 +21,8 @@ from moelora_eval_tasks.prompts import render
 
 from ..analysis import RoutingStatistics, routing_statistics
 from ..errors import ConfigError, ExportError
-from ..layers import MoeLoraLinear
-from ..model import moelora_layers
+from ..layers import MoeLoraLinear, RoutedLayer
+from ..model import moelora_layers, routed_layers
 
 STRATEGIES = ("exact", "mean-gate")
 
@@ -67,7 +67,7 @@ def merge_mean_gate(
     exactly.
 
     Raises:
-        ExportError: gates are NaN or infinite.
+        ExportError: gates are NaN or infinite, or the experts are whole blocks.
     """
     batches = [
         tokenizer(text, return_tensors="pt", truncation=True, max_length=CALIBRATION_TOKENS)
@@ -76,7 +76,7 @@ def merge_mean_gate(
     with routing_statistics(model) as statistics:
         routed_logits = [_logits(model, batch) for batch in _progress(batches, "mean gates")]
     layers = moelora_layers(model)
-    gates = _mean_gates(statistics, layers)
+    gates = _mean_gates(model, statistics)
     updates = {name: layer.static_update(weights_E=gates[name]) for name, layer in layers.items()}
     layer_errors = _layer_errors(model, layers, updates, batches)
     for name, layer in layers.items():
@@ -111,20 +111,21 @@ def calibration_texts(tasks: Sequence[str], data_dir: str | None) -> list[str]:
     return texts
 
 
-def _mean_gates(
-    statistics: RoutingStatistics, layers: dict[str, MoeLoraLinear]
-) -> dict[str, Tensor]:
-    """The mean gates (E,) of every layer, on its device."""
-    gates = {}
-    for name, layer in layers.items():
+def _mean_gates(model: PeftModel, statistics: RoutingStatistics) -> dict[str, Tensor]:
+    """The mean gates (E,) of every linear, its own router's or those of the router it follows."""
+    names = {id(layer): name for name, layer in routed_layers(model).items()}
+
+    def mean_of(layer: RoutedLayer) -> Tensor:
+        name = names[id(layer)]
         counts = statistics.layers.get(name)
         if counts is None or counts.not_finite or not counts.tokens:
             raise ExportError(
                 f"The gates of {name} are not finite numbers on all of the calibration text, so "
                 "they have no mean; the adapter seems broken."
             )
-        gates[name] = next(iter(layer.tensors().values())).new_tensor(counts.summary()["weight"])
-    return gates
+        return torch.tensor(counts.summary()["weight"])
+
+    return {name: layer.mean_weights(mean_of) for name, layer in moelora_layers(model).items()}
 
 
 @torch.inference_mode()

@@ -59,6 +59,13 @@ class Initialization(ABC):
         """R0, the rank of the offset; 0 for none."""
         return 0
 
+    def check_targets(self, names: Sequence[str]) -> None:  # noqa: B027 - most need no check
+        """Before the first module: refuse target modules that do not fit what is read.
+
+        Raises:
+            ConfigError: they do not.
+        """
+
     @abstractmethod
     def __call__(self, inputs: InitInput) -> None:
         """Fill the tensors in place."""

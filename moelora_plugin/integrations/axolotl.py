@@ -24,8 +24,13 @@ from ..errors import ConfigError, ExportError
 from ..hf_trainer import optimizer_arguments
 from ..lookup import unknown_name_message
 from ..optim import OPTIMIZERS
-from ..presets import PRESETS
-from .options import adapter_config, option_types, refuse_disagreement
+from .options import (
+    adapter_config,
+    option_types,
+    option_value,
+    preset_fields,
+    refuse_disagreement,
+)
 
 ADAPTER = "moelora"
 
@@ -55,11 +60,11 @@ _REFUSED_WITH_ADAPTER = {
     "lora_o_kernel": _KERNEL,
     "lora_embedding_kernel": _KERNEL,
     "lora_target_parameters": "experts need linear modules; name them in lora_target_modules",
-    "lora_rank_pattern": "every module has the same experts",
-    "lora_alpha_pattern": "every module has the same experts",
+    "lora_rank_pattern": "moelora.allocation spreads ranks over the modules",
+    "lora_alpha_pattern": "moelora.allocation spreads alphas over the modules",
     "lora_on_cpu": "it serves merging, which a routed adapter has not",
     "peft": "LoftQ initialises plain LoRA; moelora.init names an initialisation of experts",
-    "peft_use_dora": "DoRA needs a single weight update, and a routed adapter is none",
+    "peft_use_dora": "it is for one LoRA; moelora.expert: dora is its form for experts",
     "peft_init_lora_weights": "moelora.init names the initialisation of experts",
     "peft_layer_replication": "it is a feature of plain LoRA",
     "peft_trainable_token_indices": "use lora_modules_to_save to train embeddings",
@@ -125,7 +130,9 @@ class MoeLoraArgs(BaseModel):
     def _try_config(self) -> MoeLoraArgs:
         config: Any = self  # axolotl's config inherits from this class
         if config.adapter == ADAPTER:
-            _adapter_config(config)
+            adapter = _adapter_config(config)
+            if config.sample_packing:
+                _refuse_packing(adapter)
         return self
 
 
@@ -210,9 +217,7 @@ def _words(cfg: Any) -> dict[str, Any]:
 
 def _options(cfg: Any) -> dict[str, Any]:
     """What is set under `moelora:`."""
-    # axolotl keeps dicts of a class of its own, which would end up in adapter_config.json.
-    options = {k: dict(v) if isinstance(v, dict) else v for k, v in dict(cfg.moelora or {}).items()}
-    return {key: value for key, value in options.items() if value is not None}
+    return {k: option_value(k, v) for k, v in dict(cfg.moelora or {}).items() if v is not None}
 
 
 def _unset_dropout(cfg: Any) -> float:
@@ -221,9 +226,11 @@ def _unset_dropout(cfg: Any) -> float:
         saved = read_adapter_config(resolve_adapter(cfg["lora_model_dir"]))
         return float(saved.get("lora_dropout", 0.0))
     options = cfg.get("moelora")
-    preset = options.get("preset") if isinstance(options, Mapping) else None
-    # An unknown preset is refused by the validation.
-    return adapter_config({"preset": preset if preset in PRESETS else None}).lora_dropout
+    try:
+        fields = preset_fields(options if isinstance(options, Mapping) else {})
+    except ConfigError:  # the validation, which follows, says what is wrong
+        fields = {}
+    return float(fields.get("lora_dropout", MoeLoraConfig.lora_dropout))
 
 
 def _refuse_other_adapter(cfg: Any) -> None:
@@ -251,7 +258,6 @@ def _refuse_keys(data: Mapping[str, Any], with_what: str, reasons: Mapping[str, 
 
 
 def _refuse_uses(data: Mapping[str, Any]) -> None:
-    options = data.get("moelora") or {}
     continued = data.get("lora_model_dir")
     if data.get("merge_lora") and data.get("merge_method") != "legacy":
         raise ExportError(
@@ -268,8 +274,17 @@ def _refuse_uses(data: Mapping[str, Any]) -> None:
             "lora_model_dir; remove it, or name a base_model that holds the adapter (`moelora "
             "export`)."
         )
-    if data.get("sample_packing") and isinstance(options, Mapping) and options.get("aux_losses"):
+
+
+def _refuse_packing(adapter: MoeLoraConfig) -> None:
+    if adapter.aux_losses:
         raise ConfigError(
-            "sample_packing does not tell which tokens are padding, which moelora.aux_losses must "
-            "leave out; remove one of the two."
+            "sample_packing does not tell which tokens are padding, which moelora.aux_losses "
+            f"({', '.join(adapter.aux_losses)}) must leave out; remove one of the two (a preset's "
+            "loss by setting it to null)."
+        )
+    if adapter.router_input not in ("token", "none"):
+        raise ConfigError(
+            "sample_packing puts several sequences into one, and moelora.router_input "
+            f"{adapter.router_input} decides once for each; remove one of the two."
         )

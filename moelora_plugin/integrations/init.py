@@ -7,7 +7,7 @@ here imports a host, and the shipped sample needs no other library either.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
@@ -27,8 +27,8 @@ SHORT_PRESETS = {"gr": "gr_moe_lora", "r": "r_moe_lora"}
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _SAMPLE = Path(__file__).parents[1] / "demo" / "data" / "sst2_sample_train.jsonl"
-_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
-_YAML_LIST = f"[{', '.join(_MODULES)}]"
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 _ROWS_FILE = "train.jsonl"
 _OUTPUT = "output"
 
@@ -42,7 +42,7 @@ class Host:
         install: the host's package.
         train: the command, run in the folder.
         adapter: where the run leaves its adapter.
-        modules: the target modules as the config writes them.
+        lists: whether the config writes names as a YAML list; else with commas between them.
         preferences: whether a row has a chosen and a rejected answer.
     """
 
@@ -50,7 +50,7 @@ class Host:
     install: str
     train: str
     adapter: str = _OUTPUT
-    modules: str = ",".join(_MODULES)
+    lists: bool = False
     preferences: bool = False
 
 
@@ -75,14 +75,14 @@ HOSTS: dict[str, Host] = {
         {"axolotl.yaml": "axolotl.yaml"},
         "axolotl",
         "axolotl train axolotl.yaml",
-        modules=_YAML_LIST,
+        lists=True,
     ),
     "ms-swift": Host(
         {"ms_swift.yaml": "ms_swift.yaml"},
         "ms-swift",
         "swift sft ms_swift.yaml",
         adapter=f"{_OUTPUT}/last-checkpoint",
-        modules=_YAML_LIST,
+        lists=True,
     ),
     "trl": Host({"trl_sft.py": "trl_sft.py"}, "trl", "python trl_sft.py"),
     "trl-dpo": Host({"trl_dpo.py": "trl_dpo.py"}, "trl", "python trl_dpo.py", preferences=True),
@@ -145,16 +145,17 @@ def write_config(
     if task is not None and data is not None:
         raise ConfigError("--task and --data both say what to train on; give one of them.")
     chosen = HOSTS[host]
+    preset = SHORT_PRESETS.get(preset, preset)
+    modules = _target_modules(preset)
     folder = out or Path(f"moelora-{host}")
     refuse_existing(folder, overwrite=overwrite)
-    preset = SHORT_PRESETS.get(preset, preset)
     values = {
         "model": Path(model).absolute().as_posix() if Path(model).is_dir() else model,
         "preset": preset,
         "optimizer": optimizer_for(preset),
         "data": _ROWS_FILE if data is None else Path(data).absolute().as_posix(),
         "output_dir": _OUTPUT,
-        "target_modules": chosen.modules,
+        "target_modules": f"[{', '.join(modules)}]" if chosen.lists else ",".join(modules),
         "task": "NAMES",
         "model_type": _model_type(model),
     }
@@ -189,6 +190,22 @@ def optimizer_for(preset: str) -> str:
     overrides = lookup("presets", preset, PRESETS).overrides
     rescaled = overrides.get("gate_rescale") != "none" and overrides.get("num_experts") != 1
     return "gradamw" if rescaled else "radamw"
+
+
+def _target_modules(name: str) -> Sequence[str]:
+    """The preset's target modules by name; the attention's where it leaves them to the user.
+
+    Raises:
+        ConfigError: an unknown preset, or one that needs what no template can know.
+    """
+    preset = lookup("presets", name, PRESETS)
+    for key, what in preset.needs.items():
+        raise ConfigError(
+            f"Preset {name!r} needs {key} ({what}), which only you can say; write the config with "
+            f"another --preset, then set preset and {key} in it."
+        )
+    modules = preset.overrides.get("target_modules", _ATTENTION)
+    return (*_ATTENTION, *_FEED_FORWARD) if isinstance(modules, str) else modules
 
 
 def _model_type(model: str) -> str:

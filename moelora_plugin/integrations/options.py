@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from peft import PeftConfig
 
 from .. import MoeLoraConfig
 from ..errors import ConfigError
+from ..lookup import lookup
 from ..presets import PRESETS
 
 DEFAULT_PRESET = "moe_lora"
+
+# Numbers that a host leaves as text: YAML 1.1 does so with "1e-3", for want of a point.
+_FLOAT = re.compile(r"[-+]?(\d+\.\d*|\.?\d+)([eE][-+]?\d+)?")
 
 
 def option_types(host_words: Iterable[str]) -> dict[str, Any]:
@@ -31,6 +37,47 @@ def option_types(host_words: Iterable[str]) -> dict[str, Any]:
     return {"preset": str, **{name: hints[name] for name in own if name not in left_out}}
 
 
+def takes_mapping(hint: Any) -> bool:
+    """Whether an option of this type may be a mapping."""
+    return any(part is dict or get_origin(part) is dict for part in (hint, *get_args(hint)))
+
+
+def option_value(name: str, value: Any, key: str = "") -> Any:
+    """An option as MoeLoraConfig takes it, whichever way a host has read it.
+
+    A mapping may be JSON, as on a command line, and may hold a host's own kind of mapping or
+    numbers that its YAML took for text.
+
+    Args:
+        name: a field of MoeLoraConfig.
+        value: what the host has read.
+        key: the host's name for it, for the error.
+
+    Raises:
+        ConfigError: text that is not JSON where only a mapping will do.
+    """
+    hint = get_type_hints(MoeLoraConfig).get(name)
+    if isinstance(value, str) and get_origin(hint) is dict:
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ConfigError(
+                f"{key or name}={value!r} must be a mapping; on a command line that is JSON, like "
+                """'{"name": 0.5}'."""
+            ) from error
+    return _plain(value) if takes_mapping(hint) else value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, str) and not value.isdigit() and _FLOAT.fullmatch(value):
+        return float(value)
+    return value
+
+
 def adapter_config(
     options: Mapping[str, Any], host_words: Mapping[str, Any] | None = None
 ) -> MoeLoraConfig:
@@ -46,9 +93,19 @@ def adapter_config(
     Raises:
         ConfigError: an unknown key or preset, or a value out of range.
     """
-    given = {**(host_words or {}), **{k: v for k, v in options.items() if v is not None}}
+    ours = {k: option_value(k, v) for k, v in options.items() if v is not None}
+    given = {**(host_words or {}), **ours}
     fields = {"task_type": "CAUSAL_LM", **{k: v for k, v in given.items() if v is not None}}
     return MoeLoraConfig.from_preset(fields.pop("preset", DEFAULT_PRESET), **fields)
+
+
+def preset_fields(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The fields of MoeLoraConfig that the options' preset sets.
+
+    Raises:
+        ConfigError: an unknown preset.
+    """
+    return lookup("presets", options.get("preset") or DEFAULT_PRESET, PRESETS).overrides
 
 
 def refuse_disagreement(
@@ -71,9 +128,8 @@ def refuse_disagreement(
         ConfigError: a field that the run sets, or that a preset it names sets, has another value.
     """
     asked = adapter_config(options, host_words)
-    preset = options.get("preset")
     given = {key for key, value in {**host_words, **options}.items() if value is not None}
-    stated = given | set(PRESETS[preset].overrides if preset else ())
+    stated = given | set(preset_fields(options) if options.get("preset") else ())
     for field in sorted((stated - {"preset"}) & set(saved)):
         wanted, found = getattr(asked, field), saved[field]
         if wanted == found or (field == "gate_rescale" and wanted == "auto"):

@@ -80,7 +80,8 @@ class AuxLosses:
         Returns:
             The update, and each loss before coefficient and scale, detached.
         """
-        values = {loss.name: loss.function(inputs) for loss in losses}
+        with torch.autocast(update.device.type, enabled=False):  # a half's matmul is too coarse
+            values = {loss.name: loss.function(inputs) for loss in losses}
         total = sum(loss.coefficient * values[loss.name] for loss in losses)
         update = _Enter.apply(  # type: ignore[no-untyped-call]
             update, total * (self.scale / self.num_layers[adapter])

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -21,12 +21,10 @@ from ..errors import ConfigError, ExportError
 from ..experts import EXPERTS, ExpertKind
 from ..initialization import INITIALIZATIONS, InitInput
 from ..lookup import lookup, with_options
-from ..losses import LossInput
 from ..scaling import scale_of
 from ..types import (
     ExpertInput,
     ExpertPair,
-    GateRescale,
     GateRescaleScope,
     Gates,
     LayerPlan,
@@ -80,9 +78,54 @@ class GateSource:
         """The gates (T, E) of this linear's experts for x (..., in); their surrogate or None."""
         raise NotImplementedError
 
+    def routing(self, linear: MoeLoraLinear, adapter: str) -> Routing | None:
+        """The decision of the same pass where its auxiliary losses enter at this linear."""
+        return None
+
+    def base_output(self, linear: MoeLoraLinear, x: Tensor) -> Tensor | None:
+        """The base's output for x where it can be had for less; None where x has to go through."""
+        return None
+
     def fixed_weights(self, linear: MoeLoraLinear, adapter: str) -> Tensor | None:
         """The gates (E,) where they ignore the input; else None."""
         return None
+
+    def mean_weights(
+        self, linear: MoeLoraLinear, adapter: str, mean_of: Callable[[RoutedLayer], Tensor]
+    ) -> Tensor:
+        """The gates (E,) of an approximate merge.
+
+        Args:
+            linear: whose experts.
+            adapter: its adapter.
+            mean_of: gives the mean gates of a layer with a router.
+
+        Raises:
+            ExportError: these experts cannot be folded into one linear.
+        """
+        raise ExportError(
+            f"{type(self).__name__} gives no mean gates, so there is no mean-gate merge; serve the "
+            "adapter unmerged."
+        )
+
+
+class AlwaysOn(GateSource):
+    """Gate 1 for the one expert of a linear: plain LoRA, without a router."""
+
+    def gates(self, linear: MoeLoraLinear, adapter: str, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Ones."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return x.new_ones(x.numel() // x.shape[-1], 1, dtype=dtype), None
+
+    def fixed_weights(self, linear: MoeLoraLinear, adapter: str) -> Tensor | None:
+        """One."""
+        return torch.ones(1)
+
+    def mean_weights(
+        self, linear: MoeLoraLinear, adapter: str, mean_of: Callable[[RoutedLayer], Tensor]
+    ) -> Tensor:
+        """One."""
+        return torch.ones(1)
 
 
 class MoeLoraLinear(RoutedLayer):
@@ -105,7 +148,6 @@ class MoeLoraLinear(RoutedLayer):
     other_param_names = (
         "moelora_dropout",
         "moelora_mixture",
-        "moelora_gate_rescale",
         "moelora_gate_source",
         *RoutedLayer.router_param_names,
     )
@@ -128,9 +170,9 @@ class MoeLoraLinear(RoutedLayer):
         self.moelora_extra = nn.ModuleDict()
         self.moelora_dropout = nn.ModuleDict()
         self.moelora_mixture: dict[str, Mixture] = {}
-        self.moelora_gate_rescale: dict[str, GateRescale] = {}
         # Adapters whose gates come from elsewhere; the others have a router here.
         self.moelora_gate_source: dict[str, GateSource] = {}
+        self._merged_gates: dict[str, Tensor] = {}
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, plan, router_plan, module_name)
 
@@ -171,9 +213,7 @@ class MoeLoraLinear(RoutedLayer):
             cast(GateRescaleScope, config.gate_rescale_scope),
             config.universal_expert,
         )
-        # "auto" waits for build_optimizer; until then the gradient is the ordinary one.
-        mode = "none" if config.gate_rescale == "auto" else config.gate_rescale
-        self.moelora_gate_rescale[adapter_name] = cast(GateRescale, mode)
+        self.set_gate_rescale(adapter_name, config)
         self.moelora_dropout[adapter_name] = (
             nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         )
@@ -202,7 +242,7 @@ class MoeLoraLinear(RoutedLayer):
         if extra:
             self.moelora_extra[adapter] = Factors(extra, frozen | {"offset_A", "offset_B"})
         tensors = {name: tensor.detach() for name, tensor in self.tensors(adapter).items()}
-        if initialize.reads_data and config.inference_mode:
+        if initialize.reads_data and (config.inference_mode or config.from_file):
             for tensor in tensors.values():  # the values come from the adapter's file
                 tensor.zero_()
             return
@@ -217,6 +257,8 @@ class MoeLoraLinear(RoutedLayer):
                 module_name,
             )
         )
+        if adapter in self.moelora_gate and not any(t.is_meta for t in tensors.values()):
+            self._score(adapter).read_experts(experts.split(tensors))
 
     def tensors(self, adapter: str = "default") -> dict[str, Tensor]:
         """The adapter's expert tensors by name: "A", "B" and what else the expert kind has."""
@@ -234,7 +276,7 @@ class MoeLoraLinear(RoutedLayer):
         """Map (..., in) to (..., out) in the base output's dtype."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        base: Tensor = self.base_layer(x, *args, **kwargs)
+        base = self._base_output(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return base
         result = base
@@ -242,6 +284,17 @@ class MoeLoraLinear(RoutedLayer):
             if adapter in self.moelora_mixture:
                 result = result + self.update(x, adapter, base)
         return result.to(base.dtype)
+
+    def _base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What the base makes of x, from the gate source where that has it for less."""
+        if not self.disable_adapters:
+            for adapter in self.active_adapters:
+                source = self.moelora_gate_source.get(adapter)
+                base = None if source is None else source.base_output(self, x)
+                if base is not None:
+                    return base
+        output: Tensor = self.base_layer(x, *args, **kwargs)
+        return output
 
     def update(self, x: Tensor, adapter: str = "default", base: Tensor | None = None) -> Tensor:
         """One adapter's update s * sum_i g_i(x) E_i(dropout(x)): (..., in) to (..., out).
@@ -258,12 +311,14 @@ class MoeLoraLinear(RoutedLayer):
         x = self._cast_input_dtype(x, next(iter(tensors.values())).dtype)
         x_TI = x.reshape(-1, self.in_features)
         source = self.moelora_gate_source.get(adapter)
-        surrogate_TE = routing = None
+        surrogate_TE: Tensor | None = None
+        routing: Routing | None
         if source is None:
             routing = self.route(x, adapter, tensors.get("A"))
             weights_TE = routing.weights
         else:
             weights_TE, surrogate_TE = source.gates(self, adapter, x)
+            routing = source.routing(self, adapter)
         gates = Gates(
             _with_universal(weights_TE, mixture.universal),
             mixture.scaling,
@@ -275,40 +330,22 @@ class MoeLoraLinear(RoutedLayer):
             self.moelora_dropout[adapter](x_TI),
             base.reshape(-1, self.out_features),
             self._float_base_weight,
+            self.training,
         )
         update_TO = mixture.experts.update(tensors, inputs, gates)
         if "offset_A" in tensors:
             offset_TO = x_TI @ tensors["offset_A"].T @ tensors["offset_B"].T
             update_TO = update_TO - offset_TO
         if routing is not None and self.moelora_aux_losses[adapter]:
-            update_TO = self.enter_losses(
-                update_TO, self._loss_input(x_TI, tensors, mixture, routing), adapter
-            )
+            loss_input = self.loss_input(routing, x)
+            if source is None:  # the router's experts are the ones here
+                loss_input = replace(
+                    loss_input,
+                    experts=functools.partial(mixture.experts.split, tensors),
+                    outputs=functools.partial(_expert_outputs, x_TI, tensors, mixture),
+                )
+            update_TO = self.enter_losses(update_TO, loss_input, adapter)
         return update_TO.view(*x.shape[:-1], self.out_features)
-
-    def _loss_input(
-        self, x_TI: Tensor, tensors: dict[str, Tensor], mixture: Mixture, routing: Routing
-    ) -> LossInput:
-        """What auxiliary losses may read; the layer's own dropout is left out."""
-
-        def outputs() -> Tensor:
-            pairs = mixture.experts.split(tensors)
-            return torch.stack([x_TI @ a.T @ b.T for a, b in pairs], 1) * mixture.scaling
-
-        call = self.shared.call.call
-        tokens = len(x_TI)
-        real_T = call.real_T
-        # Layers that see other tokens (a vision tower, a pooled sequence) have no mask.
-        if real_T is not None and len(real_T) != tokens:
-            real_T = None
-        ids = {
-            name: value.expand(max(len(value), 1)).repeat_interleave(tokens // len(value))
-            for name, value in call.ids.items()
-            if value.ndim and tokens % len(value) == 0
-        }
-        return LossInput(
-            routing, real_T, ids, functools.partial(mixture.experts.split, tensors), outputs
-        )
 
     def expert_weights(self, adapter: str = "default") -> list[tuple[Tensor, Tensor]]:
         """One (A_i (r_i, in), B_i (out, r_i)) per expert: writable views without gradient."""
@@ -355,13 +392,15 @@ class MoeLoraLinear(RoutedLayer):
         for adapter in check_adapters_to_merge(self, adapter_names) or []:
             if adapter not in self.moelora_mixture:
                 continue
-            update = self.static_update(adapter)
+            weights_E = self._fixed_gates(adapter)
+            update = self.static_update(adapter, weights_E)
             if safe_merge and not bool(torch.isfinite(update).all()):
                 raise ExportError(
                     f"Merging adapter {adapter!r} gives NaN or infinite weights; it seems broken."
                 )
             self.fold(update)
             self.merged_adapters.append(adapter)
+            self._merged_gates[adapter] = weights_E
 
     def unmerge(self) -> None:
         """Take every merged adapter out of the base weight again (up to rounding)."""
@@ -369,7 +408,8 @@ class MoeLoraLinear(RoutedLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         while self.merged_adapters:
             adapter = self.merged_adapters.pop()
-            self.fold(-self.static_update(adapter))
+            # The gates may hang on a task id that has changed since.
+            self.fold(-self.static_update(adapter, self._merged_gates.pop(adapter, None)))
 
     def static_update(self, adapter: str = "default", weights_E: Tensor | None = None) -> Tensor:
         """The weight update in the base weight's own layout, for fixed gates.
@@ -383,19 +423,7 @@ class MoeLoraLinear(RoutedLayer):
                 update of the weight.
         """
         mixture = self.moelora_mixture[adapter]
-        if weights_E is None:
-            source = self.moelora_gate_source.get(adapter)
-            weights_E = (
-                self.fixed_weights(adapter)
-                if source is None
-                else source.fixed_weights(self, adapter)
-            )
-        if weights_E is None:
-            raise ExportError(
-                "The gates of this adapter follow the input, so no single weight equals it; serve "
-                "it unmerged, or write an approximation with `moelora export ADAPTER --to merged "
-                "--strategy mean-gate --out DIR`."
-            )
+        weights_E = self._fixed_gates(adapter) if weights_E is None else weights_E
         tensors = {name: tensor.detach() for name, tensor in self.tensors(adapter).items()}
         device = next(iter(tensors.values())).device
         weights_E = _with_universal(weights_E.detach().to(device), mixture.universal)
@@ -403,6 +431,39 @@ class MoeLoraLinear(RoutedLayer):
         if "offset_A" in tensors:
             update_OI = update_OI - tensors["offset_B"] @ tensors["offset_A"]
         return update_OI.T if isinstance(self.get_base_layer(), Conv1D) else update_OI
+
+    def mean_weights(
+        self, mean_of: Callable[[RoutedLayer], Tensor], adapter: str = "default"
+    ) -> Tensor:
+        """The gates (E,) of an approximate merge.
+
+        Args:
+            mean_of: gives the mean gates of a layer with a router.
+            adapter: whose experts.
+
+        Raises:
+            ExportError: these experts cannot be folded into one linear.
+        """
+        source = self.moelora_gate_source.get(adapter)
+        return mean_of(self) if source is None else source.mean_weights(self, adapter, mean_of)
+
+    def _fixed_gates(self, adapter: str) -> Tensor:
+        """The gates (E,) where they ignore the input.
+
+        Raises:
+            ExportError: they follow it.
+        """
+        source = self.moelora_gate_source.get(adapter)
+        weights_E = (
+            self.fixed_weights(adapter) if source is None else source.fixed_weights(self, adapter)
+        )
+        if weights_E is None:
+            raise ExportError(
+                "The gates of this adapter follow the input, so no single weight equals it; serve "
+                "it unmerged, or write an approximation with `moelora export ADAPTER --to merged "
+                "--strategy mean-gate --out DIR`."
+            )
+        return weights_E
 
     def apply_update(self, x: Tensor, update: Tensor) -> Tensor:
         """What an update in the base weight's layout adds to the output."""
@@ -445,6 +506,13 @@ class MoeLoraLinear(RoutedLayer):
 
     def __repr__(self) -> str:
         return "moelora." + super().__repr__()
+
+
+def _expert_outputs(
+    x_TI: Tensor, tensors: Mapping[str, Tensor], mixture: Mixture, index_M: Tensor
+) -> Tensor:
+    """Each expert's own output s B_i A_i x (M, E, O) for some tokens, without dropout."""
+    return mixture.experts.outputs(tensors, x_TI[index_M], mixture.scaling)
 
 
 def _with_universal(weights: Tensor, universal: str) -> Tensor:

@@ -20,7 +20,7 @@ from ..routers import ROUTERS, Router
 from ..routers.inputs import INPUTS, RouterInput
 from ..routers.modifiers import MODIFIERS, RouterModifiers
 from ..routers.scores import SCORES, Score
-from ..types import LayerPlan, Routing
+from ..types import GateRescale, LayerPlan, Routing
 from .aux_loss import AuxLosses, WeightedLoss, weighted_losses
 
 
@@ -30,6 +30,8 @@ class Shared:
     def __init__(self) -> None:
         self.call = CallContext()
         self.aux_losses = AuxLosses()
+        # Whether what runs is a pass before the call's own, which routers decide by (site "model").
+        self.is_first_pass = False
 
 
 class RoutedLayer(nn.Module, BaseTunerLayer):
@@ -40,7 +42,7 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
     """
 
     router_layer_names = ("moelora_gate", "moelora_router", "moelora_modifiers")
-    router_param_names = ("moelora_input", "moelora_aux_losses")
+    router_param_names = ("moelora_input", "moelora_aux_losses", "moelora_gate_rescale")
 
     def __init__(self, shared: Shared) -> None:
         super().__init__()
@@ -50,6 +52,8 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         self.moelora_modifiers = nn.ModuleDict()
         self.moelora_input: dict[str, RouterInput] = {}
         self.moelora_aux_losses: dict[str, tuple[WeightedLoss, ...]] = {}
+        # The exponent of the gates that are applied here, by adapter.
+        self.moelora_gate_rescale: dict[str, GateRescale] = {}
         self._disable_adapters = False
         self.merged_adapters = []
         # Kept only while `analysis.routing_statistics` (or whoever sets the flag) asks for it.
@@ -64,7 +68,12 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         return self.shared.aux_losses
 
     def add_router(
-        self, adapter: str, config: MoeLoraConfig, plan: LayerPlan, in_features: int
+        self,
+        adapter: str,
+        config: MoeLoraConfig,
+        plan: LayerPlan,
+        in_features: int,
+        score_plan: LayerPlan | None = None,
     ) -> None:
         """Create an adapter's router.
 
@@ -73,6 +82,7 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
             config: its configuration.
             plan: the experts that are decided about.
             in_features: width of what the router reads.
+            score_plan: what the score gives logits for, where that is more than one decision.
         """
         self.moelora_input[adapter] = with_options(
             "router_input_kwargs",
@@ -84,7 +94,7 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
             lookup("router_scores", config.router_score, SCORES),
             config.router_score_kwargs,
             in_features,
-            plan,
+            score_plan or plan,
         )
         self.moelora_router[adapter] = with_options(
             "router_kwargs",
@@ -100,6 +110,30 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
             ]
         )
         self.moelora_aux_losses[adapter] = weighted_losses(config.aux_losses)
+
+    def place_router(self, adapter: str, like: Tensor) -> None:
+        """Put a router that was made after injection where a tensor is, in its dtype."""
+        if not like.is_meta:  # which has no values; they come with the adapter's file
+            for name in self.router_layer_names:
+                getattr(self, name)[adapter].to(like.device, like.dtype)
+
+    def widen_buffers(self, adapter: str) -> None:
+        """Make an adapter's half precision buffers fp32, as PEFT makes its parameters."""
+        for name in self.adapter_layer_names:
+            container = getattr(self, name)
+            for module in container[adapter].modules() if adapter in container else ():
+                for key, buffer in module.named_buffers(recurse=False):
+                    if buffer.is_floating_point():
+                        wide = torch.promote_types(buffer.dtype, torch.float32)
+                        setattr(module, key, buffer.to(wide))
+
+    def set_gate_rescale(self, adapter: str, config: MoeLoraConfig) -> None:
+        """Take an adapter's exponent from its configuration.
+
+        "auto" waits for `build_optimizer`; until then the gradient is the ordinary one.
+        """
+        mode = "none" if config.gate_rescale == "auto" else config.gate_rescale
+        self.moelora_gate_rescale[adapter] = cast(GateRescale, mode)
 
     def route(self, x: Tensor, adapter: str, a: Tensor | None = None) -> Routing:
         """The decision for every token of x (..., in), T of them."""
@@ -121,6 +155,22 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
                 update, inputs, losses, adapter
             )
         return update
+
+    def loss_input(self, routing: Routing, x: Tensor) -> LossInput:
+        """What auxiliary losses may read of a decision about x (..., in), but for the experts."""
+        call, tokens = self.shared.call.call, len(routing.weights)
+        real_T = call.real_T
+        # Layers that see other tokens (a vision tower, a pooled sequence) have no mask.
+        if real_T is not None and len(real_T) != tokens:
+            real_T = None
+        given = {name: value.reshape(-1).to(x.device) for name, value in call.ids.items()}
+        ids = {
+            name: value.repeat_interleave(tokens // len(value))
+            for name, value in given.items()
+            if len(value) and tokens % len(value) == 0
+        }
+        batch = x.shape[0] if x.ndim == 3 else 1
+        return LossInput(routing, real_T, ids, batch=batch)
 
     def before_call(self) -> None:
         """Let modifiers change their state, before a training call of the model."""

@@ -1,6 +1,6 @@
 """What every auxiliary loss is: a function of one layer's routing and experts.
 
-Shape suffixes: T tokens, E experts, O out, X any.
+Shape suffixes: T tokens, M some of them, E experts, O out, X any.
 """
 
 from __future__ import annotations
@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
+from ..errors import ConfigError
 from ..types import Routing
 
 
@@ -22,14 +24,17 @@ class LossInput:
         real: True where a token is not padding (T,); None where all are.
         ids: ids of each token's sequence (T,) by name ("task_id"), where the call brought them.
         experts: gives (A_i, B_i) per expert, with their graph.
-        outputs: gives each expert's own output s B_i A_i x (T, E, O), with its graph; large.
+        outputs: gives each expert's own output s B_i A_i x (M, E, O) for the tokens whose indexes
+            (M,) it is given, with its graph; None where the experts are elsewhere.
+        batch: the tokens are those of `batch` sequences of equal length, in order.
     """
 
     routing: Routing
     real: Tensor | None = None
     ids: Mapping[str, Tensor] = field(default_factory=dict)
     experts: Callable[[], Sequence[tuple[Tensor, Tensor]]] = list
-    outputs: Callable[[], Tensor] | None = None
+    outputs: Callable[[Tensor], Tensor] | None = None
+    batch: int = 1
 
 
 # Options are keyword-only parameters and stand beside the coefficient in `aux_losses`.
@@ -46,3 +51,51 @@ def mean_over_tokens(values_TX: Tensor, real_T: Tensor | None) -> Tensor:
         return values_TX.mean(0)
     real_T = real_T.to(values_TX.dtype)
     return (values_TX * real_T.unsqueeze(-1)).sum(0) / real_T.sum().clamp(min=1)
+
+
+def cv_squared(values_X: Tensor, counts_X: Tensor | None = None, correction: int = 0) -> Tensor:
+    """The squared coefficient of variation var / mean^2 of numbers that are not negative.
+
+    Where the mean is 0 all numbers are, and the result is 0.
+
+    Args:
+        values_X: the numbers.
+        counts_X: 1 for a number that counts, 0 for one that does not; None where all do.
+        correction: the variance's sum of squares is divided by the number of values less this.
+    """
+    counts_X = torch.ones_like(values_X) if counts_X is None else counts_X.to(values_X.dtype)
+    number = counts_X.sum()
+    mean = (values_X * counts_X).sum() / number.clamp(min=1)
+    squares = ((values_X - mean).square() * counts_X).sum()
+    variance = squares / (number - correction).clamp(min=1)
+    return variance / torch.where(mean > 0, mean, torch.ones_like(mean)).square()
+
+
+def token_entropy(probs_TE: Tensor) -> Tensor:
+    """The entropy -sum_e p_e log p_e of each token's routing, (T,).
+
+    Scores that are no distribution (sigmoid, relu) are divided by their sum first; a token without
+    any has entropy 0. An expert with p = 0 adds nothing and receives no gradient, where the
+    formula's would be infinite.
+    """
+    tiny = torch.finfo(probs_TE.dtype).tiny
+    shares_TE = probs_TE / probs_TE.sum(-1, keepdim=True).clamp(min=tiny)
+    entropies_TE: Tensor = torch.special.entr(shares_TE.clamp(min=tiny))
+    return entropies_TE.sum(-1)
+
+
+def require_option(condition: bool, key: str, value: object, what: str) -> None:
+    """Refuse an option's value.
+
+    Args:
+        condition: whether the value will do.
+        key: loss and option, like "entropy.maximize".
+        value: what was given.
+        what: what it must be.
+
+    Raises:
+        ConfigError: it will not do.
+    """
+    if not condition:
+        loss, _, option = key.partition(".")
+        raise ConfigError(f"aux_losses[{loss!r}][{option!r}]={value!r} must be {what}.")

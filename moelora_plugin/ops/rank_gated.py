@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..types import GateRescale, GateRescaleScope, Gates, Shared
+from .gate_rescale import surrogate_gates
 
 
 def rank_gated(
@@ -36,9 +37,10 @@ def rank_gated(
         gates: the weights (T, E), zero for experts that were not selected, in any floating dtype,
             fp32 or wider advised; the scale s, which as in PEFT's LoRA multiplies the (T, O)
             product, so that one expert with gate 1 is LoRA bit for bit; the exponent, where an
-            expert whose gate underflowed to 0 counts as not selected; and its scope.
+            expert whose gate underflowed to 0 counts as not selected; its scope; and a surrogate
+            (T, E) to take the place of g^p.
         expert_of_rank_R: the expert that owns each rank (R,), needed only where the experts' ranks
-            differ.
+            differ, which they cannot where a factor is shared.
         shared: which factor the experts share.
 
     Returns:
@@ -106,7 +108,7 @@ class _RankGated(torch.autograd.Function):
         # The gating's adjoint sums where the gating spreads, and the other way round.
         adjoint = _ADJOINT[shared]
         if surrogate_TE is None:
-            surrogate_TE = _surrogate_gates(weights_TE, ctx.gate_rescale)
+            surrogate_TE = surrogate_gates(weights_TE, ctx.gate_rescale)
 
         scaled_TO = grad_TO * ctx.scaling
         grad_h = scaled_TO @ b  # gradient of the gated z, before any gate
@@ -141,15 +143,6 @@ def _gate_ranks(
     return gated_TEr.sum(-2) if shared == "b" else gated_TEr.flatten(-2)
 
 
-def _surrogate_gates(weights_TE: Tensor, gate_rescale: GateRescale) -> Tensor:
-    """g^p, with 0^0 read as 0: an expert that was not selected learns nothing from the token."""
-    if gate_rescale == "none":
-        return weights_TE
-    if gate_rescale == "sqrt":
-        return weights_TE.sqrt()
-    return (weights_TE != 0).to(weights_TE.dtype)
-
-
 def _sum_ranks(
     grad_h: Tensor,
     z: Tensor,
@@ -160,10 +153,10 @@ def _sum_ranks(
     """Gradient of the gates: grad_h * z summed over each expert's ranks, in the gates' dtype."""
     wide_h, wide_z = grad_h.to(weights_TE.dtype), z.to(weights_TE.dtype)
     experts = weights_TE.shape[-1]
-    if shared != "none":  # one of them is the same for all experts
-        h_TEr = wide_h.view(len(z), -1, z.shape[-1] if shared == "a" else wide_h.shape[-1])
-        z_TEr = wide_z.view(len(z), -1, h_TEr.shape[-1])
-        return (h_TEr * z_TEr).sum(-1)
+    if shared == "a":
+        return (wide_h.view(*weights_TE.shape, z.shape[-1]) * wide_z.unsqueeze(-2)).sum(-1)
+    if shared == "b":
+        return (wide_z.view(*weights_TE.shape, wide_h.shape[-1]) * wide_h.unsqueeze(-2)).sum(-1)
     product_TR = wide_h * wide_z
     if expert_of_rank_R is not None:
         return torch.zeros_like(weights_TE).index_add(-1, expert_of_rank_R, product_TR)

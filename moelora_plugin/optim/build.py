@@ -15,12 +15,15 @@ from ..lookup import unknown_name_message
 from ..model import find_tuner
 from ..types import GateRescale
 from .engines import refuse_unsupported_engine
-from .groups import EXPERTS, Group, parameter_groups
+from .groups import EXPERTS, GATES, Group, factors_of, parameter_groups
 from .in_backward import precondition_in_backward, remove_preconditioning
 from .riemannian import RiemannianAdamW, RiemannianSGD, check_damping
 
 # Set on an adapter's config, no field of it: what this process has settled "auto" to.
 _SETTLED = "_gate_rescale_settled"
+
+# The paper's, which all but freezes the router.
+_GATE_LR = 3e-8
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ def build_optimizer(
     name: str,
     *,
     lr: float = 1e-5,
-    gate_lr: float = 3e-8,
+    gate_lr: float = _GATE_LR,
     gate_max_grad_norm: float | None = 1.0,
     damping: float = 1e-6,
     order: str = "jacobi",
@@ -79,7 +82,8 @@ def build_optimizer(
         name: "rsgd", "grsgd", "radamw" or "gradamw".
         lr: learning rate of the experts and of other trainable parameters. The paper uses 1e-5 to
             3e-5 with AdamW and 3e-5 with SGD on 3B models.
-        gate_lr: learning rate of the gates. The paper's 3e-8 all but freezes the router.
+        gate_lr: learning rate of the gates. The paper's 3e-8 all but freezes the router, so where
+            nothing else trains, the default brings a warning.
         gate_max_grad_norm: the gates' gradients are clipped to this joint norm; None switches it
             off.
         damping: added to the metrics' diagonal, in the unit of squared factor entries.
@@ -121,6 +125,13 @@ def build_optimizer(
         gate_max_grad_norm=gate_max_grad_norm,
         weight_decay=weight_decay,
     )
+    if gate_lr == _GATE_LR and all(group["role"] == GATES for group in groups):
+        warnings.warn(
+            f"Only routers train, and gate_lr={gate_lr:g}, its default, all but freezes them; set "
+            "gate_lr.",
+            UserWarning,
+            stacklevel=2,
+        )
     is_adamw = spec.optimizer is RiemannianAdamW
     if is_adamw:
         base = {"betas": tuple(betas), "eps": eps, **base}
@@ -171,15 +182,15 @@ def _plain_groups(groups: list[Group], lora_plus_ratio: float) -> list[Group]:
     for group in groups:
         common = {"lr": group["lr"], "weight_decay": group["weight_decay"]}
         if group["role"] == EXPERTS:
-            factors_a, factors_b = group["params"][0::2], group["params"][1::2]
+            pairs = list(factors_of(group))
             rate_b = group["lr"] * lora_plus_ratio
             plain += [
-                {**common, "params": factors_a},
-                {**common, "params": factors_b, "lr": rate_b},
+                {**common, "params": [a for a, _ in pairs if a is not None]},
+                {**common, "params": [b for _, b in pairs if b is not None], "lr": rate_b},
             ]
         else:
             plain.append({**common, "params": group["params"]})
-    return plain
+    return [group for group in plain if group["params"]]
 
 
 def _resolve_gate_rescale(model: nn.Module, name: str, mode: GateRescale) -> None:

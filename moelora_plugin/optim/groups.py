@@ -2,9 +2,11 @@
 
 A group is an ordinary dict of torch's with a `role`:
 
-    experts   params A0, B0, A1, B1, ...; `ranks`, `scalings` and `shared` hold one entry per pair.
-              A factor that the expert kind freezes is there too, for its partner's metric; it has
-              no gradient, so nothing moves it
+    experts   params A0, B0, A1, B1, ...; `ranks`, `scalings`, `shared` and `frozen` hold one entry
+              per pair. A factor that the expert kind freezes ("a" or "b" in `frozen`) is not among
+              them: it is a buffer, which engines do not know as a parameter. Whoever takes its
+              partner's metric reads it from `frozen_factors`, which `take_frozen` moves out of the
+              group, since a state dict is no place for it
     gates     the routers' parameters; `max_grad_norm` clips their joint gradient
     other     expert tensors without a metric, biases, modules_to_save and the like; stepped
               without preconditioning
@@ -16,10 +18,12 @@ The pairs live in the group itself, by position, so that engines which replace p
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, cast
 
 from peft.tuners.lora.layer import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..layers import MoeLoraLinear
@@ -31,6 +35,46 @@ GATES = "gates"
 OTHER = "other"
 
 Group = dict[str, Any]
+Frozen = Literal["none", "a", "b"]
+
+
+@dataclass(frozen=True)
+class FrozenFactor:
+    """A buffer by its place, since moving a model to a device replaces buffers.
+
+    Attributes:
+        module: what holds it.
+        name: its name there.
+    """
+
+    module: nn.Module
+    name: str
+
+    def __call__(self) -> Tensor:
+        """The buffer as it is now."""
+        return cast(Tensor, getattr(self.module, self.name))
+
+
+def factors_of(group: Group) -> Iterator[tuple[nn.Parameter | None, nn.Parameter | None]]:
+    """The pairs (A, B) of an experts group, None for a frozen factor."""
+    parameters = iter(group["params"])
+    for frozen in group["frozen"]:
+        a = None if frozen == "a" else next(parameters)
+        yield a, None if frozen == "b" else next(parameters)
+
+
+def take_frozen(group: Group) -> list[FrozenFactor | None]:
+    """Move the frozen factor of each pair out of the group; a group may say nothing of any."""
+    none = ["none"] * len(group["ranks"])
+    missing: list[FrozenFactor | None] = [None] * len(none)
+    taken: list[FrozenFactor | None] = group.pop("frozen_factors", missing)
+    for frozen, factor in zip(group.setdefault("frozen", none), taken, strict=True):
+        if (frozen == "none") != (factor is None):
+            raise ConfigError(
+                "An experts group lacks its frozen factors; pass fresh groups of "
+                "optim.groups.parameter_groups, which one optimizer can take."
+            )
+    return taken
 
 
 def pairs_of(module: nn.Module) -> list[ExpertPair]:
@@ -83,9 +127,10 @@ def parameter_groups(
         ConfigError: the model has no trainable experts, or a parameter of a MoE-LoRA layer is in no
             group.
     """
-    pairs = [pair for _, pairs in pairs_by_module(model) for pair in pairs]
+    placed = [(module, pair) for module, pairs in pairs_by_module(model) for pair in pairs]
+    pairs = [pair for _, pair in placed]
     gates = [p for layer in routed_layers(model).values() for p in layer.gate_parameters()]
-    experts = [p for pair in pairs for p in (pair.a, pair.b)]
+    experts = [p for pair in pairs for p in (pair.a, pair.b) if isinstance(p, nn.Parameter)]
     unpaired = [p for layer in moelora_layers(model).values() for p in layer.unpaired_parameters()]
     _refuse_uncovered(model, {id(p) for p in (*experts, *gates, *unpaired)})
     covered = {id(p) for p in (*experts, *gates)}
@@ -99,6 +144,8 @@ def parameter_groups(
             "ranks": [list(pair.ranks) for pair in pairs],
             "scalings": [pair.scaling for pair in pairs],
             "shared": [pair.shared for pair in pairs],
+            "frozen": [_frozen(pair) for pair in pairs],
+            "frozen_factors": [frozen_factor(module, pair) for module, pair in placed],
         },
         {
             "params": gates,
@@ -117,6 +164,27 @@ def parameter_groups(
         {"params": [p for p in other if p.ndim <= 1], "role": OTHER, "lr": lr, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def _frozen(pair: ExpertPair) -> Frozen:
+    """Which factor of a pair is a buffer."""
+    if isinstance(pair.a, nn.Parameter):
+        return "none" if isinstance(pair.b, nn.Parameter) else "b"
+    return "a"
+
+
+def frozen_factor(module: nn.Module, pair: ExpertPair) -> FrozenFactor | None:
+    """Where the frozen factor of one of the module's pairs is; None where both train."""
+    side = _frozen(pair)
+    if side == "none":
+        return None
+    factor = pair.a if side == "a" else pair.b
+    return next(
+        FrozenFactor(inner, name)
+        for inner in module.modules()
+        for name, buffer in inner.named_buffers(recurse=False)
+        if buffer is factor
+    )
 
 
 def _refuse_uncovered(model: nn.Module, covered: set[int]) -> None:

@@ -19,7 +19,7 @@ from ..errors import ConfigError
 from ..ops.precondition import damped_inverses, metric_of, precondition
 from ..types import ExpertPair
 from .engines import refuse_unsupported_engine
-from .groups import pairs_by_module, pairs_of
+from .groups import FrozenFactor, frozen_factor, pairs_by_module, pairs_of
 from .riemannian import check_damping, warn_of_escalation
 
 # Which parameters are preconditioned, and by whom: hooks must neither be doubled nor be lost.
@@ -33,9 +33,11 @@ class PreconditioningHandle:
         self._hooks: list[Any] = []
 
     def _add(self, module: nn.Module, pair: ExpertPair, damping: float, scale: float) -> None:
+        frozen = frozen_factor(module, pair)
         for side, learner, partner in (("a", pair.a, pair.b), ("b", pair.b, pair.a)):
             if learner.requires_grad:
-                hook = _preconditioner(pair, side, partner, damping, scale)
+                source = partner if frozen is None else frozen
+                hook = _preconditioner(pair, side, source, damping, scale)
                 self._hooks.append(learner.register_hook(hook))
                 _HOOKED[learner] = self
         self._hooks.append(module.register_forward_pre_hook(_check_hooked))
@@ -89,7 +91,7 @@ def remove_preconditioning(model: nn.Module) -> None:
 
 
 def _preconditioner(
-    pair: ExpertPair, side: str, partner: Tensor, damping: float, scale: float
+    pair: ExpertPair, side: str, partner: Tensor | FrozenFactor, damping: float, scale: float
 ) -> Callable[[Tensor], Tensor]:
     """A tensor hook: the gradient of one factor, times the inverse metrics of its partner."""
     ranks, shared = pair.ranks, pair.shared
@@ -97,7 +99,8 @@ def _preconditioner(
     def hook(grad: Tensor) -> Tensor:
         # A backward inside an autocast block would round the metrics.
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
-            metric = metric_of(partner.detach(), side, ranks, shared)
+            factor = partner() if isinstance(partner, FrozenFactor) else partner
+            metric = metric_of(factor.detach(), side, ranks, shared)
             (inverse,), escalated = damped_inverses([metric], damping)
             warn_of_escalation(escalated, damping)
             return precondition(inverse * scale, grad, side, ranks, shared)

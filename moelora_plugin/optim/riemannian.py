@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import ConfigError
 from ..ops.precondition import damped_inverses, metric_of, precondition
-from .groups import EXPERTS, GATES, Group
+from .groups import EXPERTS, GATES, FrozenFactor, Group, factors_of, take_frozen
 from .sharded import sharded_like, whole
 
 ORDERS = ("jacobi", "gauss_seidel")
@@ -47,8 +48,13 @@ def warn_of_escalation(escalated: int, damping: float) -> None:
         )
 
 
+def _num_factors(group: Group) -> int:
+    """How many parameters its pairs have."""
+    return sum(1 if frozen != "none" else 2 for frozen in group["frozen"])
+
+
 def _refuse_flattened(group: Group) -> None:
-    if len(group["params"]) != 2 * len(group["ranks"]) or any(p.ndim != 2 for p in group["params"]):
+    if len(group["params"]) != _num_factors(group) or any(p.ndim != 2 for p in group["params"]):
         raise ConfigError(
             "The engine has flattened the experts' factors, so they have no Riemannian metrics; "
             "under DeepSpeed ZeRO stage 1 or 2 use build_optimizer(..., in_backward=True), and "
@@ -57,7 +63,13 @@ def _refuse_flattened(group: Group) -> None:
 
 
 class _Riemannian(torch.optim.Optimizer):
-    """Preconditions the pairs of every `experts` group, clips every `gates` group, then steps."""
+    """Preconditions the pairs of every `experts` group, clips every `gates` group, then steps.
+
+    Groups are those of `optim.groups.parameter_groups`.
+    """
+
+    # For each experts group, by its place among them, the frozen factor of each pair.
+    _frozen_factors: list[list[FrozenFactor | None]]
 
     def _add_defaults(self, **options: Any) -> None:
         """Give every group our options, as torch's own constructors do with theirs."""
@@ -69,14 +81,18 @@ class _Riemannian(torch.optim.Optimizer):
         # clipping need them unscaled, which is what the scaler does for optimizers that do not
         # claim this.
         self._step_supports_amp_scaling = False
+        self._frozen_factors = [take_frozen(group) for group in self._expert_groups()]
         self._check_groups()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_frozen_factors": self._frozen_factors}
 
     def _check_groups(self) -> None:
         for group in self.param_groups:
             if group["order"] not in ORDERS:
                 raise ConfigError(f"order={group['order']!r} must be one of {', '.join(ORDERS)}.")
             check_damping(group["damping"])
-            if group.get("role") == EXPERTS and len(group["params"]) != 2 * len(group["ranks"]):
+            if group.get("role") == EXPERTS and len(group["params"]) != _num_factors(group):
                 raise ConfigError(
                     f"An experts group holds {len(group['params'])} parameters for "
                     f"{len(group['ranks'])} pairs; pass the groups of "
@@ -157,7 +173,12 @@ class _Riemannian(torch.optim.Optimizer):
         ]
         self._precondition(("a", "b"), jacobi)
         self._precondition(("a",), gauss_seidel)
-        waiting = [(b, b.grad) for group in self._expert_groups() for b in group["params"][1::2]]
+        waiting = [
+            (b, b.grad)
+            for group in self._expert_groups()
+            for _, b in factors_of(group)
+            if b is not None
+        ]
         for b, _ in waiting:
             b.grad = None
         super().step()
@@ -179,29 +200,37 @@ class _Riemannian(torch.optim.Optimizer):
 
     def _precondition(self, sides: Iterable[str], groups: list[Group] | None = None) -> None:
         """Replace the gradients of A and/or B by their preconditioned ones."""
-        for group in self._expert_groups() if groups is None else groups:
-            for side in sides:
-                self._precondition_side(group, side)
+        for group, frozen in zip(self._expert_groups(), self._frozen_factors, strict=True):
+            if groups is None or any(group is one for one in groups):
+                for side in sides:
+                    self._precondition_side(group, frozen, side)
 
-    def _precondition_side(self, group: Group, side: str) -> None:
-        factors_a, factors_b = group["params"][0::2], group["params"][1::2]
-        # A's gradient is measured by B's metric and the other way round.
-        learners, partners = (factors_a, factors_b) if side == "a" else (factors_b, factors_a)
-        active = [i for i, learner in enumerate(learners) if learner.grad is not None]
-        metrics = [
-            metric_of(whole(partners[i].detach()), side, group["ranks"][i], group["shared"][i])
-            for i in active
-        ]
+    def _precondition_side(
+        self, group: Group, frozen: list[FrozenFactor | None], side: str
+    ) -> None:
+        learners: list[tuple[int, Tensor, Tensor]] = []
+        metrics = []
+        for i, (a, b) in enumerate(factors_of(group)):
+            # A's gradient is measured by B's metric and the other way round.
+            learner, partner = (a, b) if side == "a" else (b, a)
+            if learner is None or learner.grad is None:
+                continue
+            buffer = frozen[i]
+            factor = partner if buffer is None else buffer()
+            assert factor is not None
+            learners.append((i, learner, learner.grad))
+            metrics.append(
+                metric_of(whole(factor.detach()), side, group["ranks"][i], group["shared"][i])
+            )
         inverses, escalated = damped_inverses(metrics, group["damping"])
         warn_of_escalation(escalated, group["damping"])
-        for i, inverse in zip(active, inverses, strict=True):
-            learner = learners[i]
+        for (i, parameter, grad), inverse in zip(learners, inverses, strict=True):
             if group["scale_compensation"]:
                 inverse = inverse / group["scalings"][i] ** 2
             preconditioned = precondition(
-                inverse, whole(learner.grad), side, group["ranks"][i], group["shared"][i]
+                inverse, whole(grad), side, group["ranks"][i], group["shared"][i]
             )
-            learner.grad = sharded_like(preconditioned, learner.grad)
+            parameter.grad = sharded_like(preconditioned, grad)
 
 
 class RiemannianSGD(_Riemannian, torch.optim.SGD):

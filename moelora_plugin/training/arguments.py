@@ -58,6 +58,8 @@ def training_arguments(recipe: Recipe, checkpoints: Path) -> TrainingArguments:
         "logging_nan_inf_filter": False,
         # The paper clips the gates' gradient only, which the optimizer does.
         "max_grad_norm": 0.0,
+        # The ids of tasks and clusters are no arguments of the base's forward; our hook takes them.
+        "remove_unused_columns": False,
         # Without it, resuming starts early stopping's patience anew.
         "restore_callback_states_from_checkpoint": True,
         **_schedule(recipe),

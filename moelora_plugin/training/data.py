@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from datasets import Dataset, concatenate_datasets, interleave_datasets
@@ -14,6 +14,7 @@ from moelora_eval_tasks.catalog import Task, resolve
 from moelora_eval_tasks.loading import load_split
 from moelora_eval_tasks.prompts import render
 
+from ..clusters import ClusterAssigner, add_cluster_ids
 from .examples import build_example
 from .recipe import DataSection
 
@@ -42,7 +43,8 @@ class TrainingData:
     """The examples of a run.
 
     Attributes:
-        train: columns `input_ids` and `labels`, in the order of the mixture.
+        train: columns `input_ids`, `labels` and `task_id`, in the order of the mixture. A task's id
+            is its place among the recipe's tasks, groups being resolved.
         validation: likewise, or None where the run does not evaluate.
         sources: one entry per task and split.
     """
@@ -50,6 +52,14 @@ class TrainingData:
     train: Dataset
     validation: Dataset | None
     sources: tuple[TaskRows, ...]
+
+    def with_clusters(self, assigner: ClusterAssigner, batch_size: int) -> TrainingData:
+        """The same with the column `cluster_id`."""
+        train, validation = (
+            None if rows is None else add_cluster_ids(rows, assigner, batch_size=batch_size)
+            for rows in (self.train, self.validation)
+        )
+        return replace(self, train=train, validation=validation)
 
     @property
     def cut_rows(self) -> int:
@@ -78,10 +88,10 @@ def load_data(
     """
     tasks = resolve(section.tasks)
     load = functools.partial(_load_examples, section=section, tokenizer=tokenizer, seed=seed)
-    train = [load(task, "train", section.limit) for task in tasks]
+    train = [load(task, index, "train", section.limit) for index, task in enumerate(tasks)]
     held_out = [
-        load(task, _validation_split(task), section.validation_limit)
-        for task in (tasks if validation else [])
+        load(task, index, _validation_split(task), section.validation_limit)
+        for index, task in enumerate(tasks if validation else [])
     ]
     return TrainingData(
         train=_mix([rows for rows, _ in train], _weights(section.tasks, tasks), seed),
@@ -92,6 +102,7 @@ def load_data(
 
 def _load_examples(
     task: Task,
+    task_id: int,
     split: str,
     limit: int | None,
     *,
@@ -102,7 +113,10 @@ def _load_examples(
     """The examples of one split, and what it took to make them."""
     rows = load_split(task, split, data_dir=section.data_dir, limit=limit, seed=seed)
     examples = rows.map(
-        lambda row: build_example(tokenizer, render(task, row), section.max_length),
+        lambda row: {
+            **build_example(tokenizer, render(task, row), section.max_length),
+            "task_id": task_id,
+        },
         remove_columns=rows.column_names,
         # Tokenising is quick, and a cache on disk would outlive a change of the prompts.
         load_from_cache_file=False,

@@ -14,6 +14,7 @@ import torch
 
 from moelora_eval_tasks.prompts import Prompt
 
+from ..call import ROUTING_IDS
 from ..errors import DataError
 
 if TYPE_CHECKING:
@@ -94,7 +95,10 @@ class AnswerCollator:
     pad_to_multiple_of: int = 1
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """`input_ids`, `attention_mask` and `labels`, each (examples, length)."""
+        """`input_ids`, `attention_mask` and `labels`, each (examples, length).
+
+        And the examples' `task_id` and `cluster_id` (examples,) where they have them.
+        """
         longest = max(len(example["input_ids"]) for example in examples)
         length = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
 
@@ -106,6 +110,11 @@ class AnswerCollator:
             "input_ids": padded(tokens, self.pad_token_id),
             "attention_mask": padded([[1] * len(row) for row in tokens], 0),
             "labels": padded([list(example["labels"]) for example in examples], IGNORED_LABEL),
+            **{
+                name: torch.tensor([example[name] for example in examples])
+                for name in ROUTING_IDS
+                if name in examples[0]
+            },
         }
 
 

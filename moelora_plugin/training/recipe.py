@@ -89,6 +89,8 @@ class DataSection:
         max_length: tokens in an example; longer prompts lose the beginning of their context.
         limit: training rows per task, chosen with the recipe's seed; None takes all.
         validation_limit: validation rows per task, likewise.
+        clusters: folder that `moelora cluster` has made with this base, for adapters that route by
+            cluster; None gives examples no cluster.
     """
 
     tasks: list[str] | dict[str, float]
@@ -96,11 +98,15 @@ class DataSection:
     max_length: int = 256
     limit: int | None = None
     validation_limit: int | None = None
+    clusters: str | None = None
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         require(len(self.tasks) > 0, "data.tasks", self.tasks, "at least one task")
         require(self.max_length > 0, "data.max_length", self.max_length, "a number above 0")
+        if self.clusters is not None:
+            expected = "a folder of `moelora cluster`"
+            require(Path(self.clusters).is_dir(), "data.clusters", self.clusters, expected)
         for key in ("limit", "validation_limit"):
             rows = getattr(self, key)
             require(rows is None or rows > 0, f"data.{key}", rows, "a number above 0 or null")

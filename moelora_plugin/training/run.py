@@ -24,8 +24,10 @@ from moelora_eval_tasks.catalog import resolve
 
 from .. import MoeLoraConfig
 from ..checkpoint import save_adapter
+from ..clusters import ClusterAssigner
 from ..errors import ConfigError
 from ..files import refuse_existing, write_json, write_text
+from ..routers.scores.embedding import DEFAULT_NUM_IDS
 from .arguments import training_arguments
 from .base import load_model, load_tokenizer
 from .callbacks import RoutingLog, record_routing
@@ -68,8 +70,13 @@ def train(
     if checkpoint is None:
         refuse_existing(folder.path, overwrite=overwrite, key="output_dir")
     arguments = training_arguments(recipe, folder.checkpoints)
-    config = _adapter_config(recipe)
-    resolve(recipe.data.tasks)
+    config = adapter_config(recipe)
+    _check_ids(config, "task", len(resolve(recipe.data.tasks)), "data.tasks")
+    if config.router_input == "cluster" and recipe.data.clusters is None:
+        raise ConfigError(
+            "adapter.router_input is 'cluster', so data.clusters must name a folder that "
+            "`moelora cluster` has made."
+        )
 
     tokenizer = load_tokenizer(recipe.model)
     evaluates = arguments.eval_strategy != "no"
@@ -81,6 +88,10 @@ def train(
             recipe.data.max_length,
         )
     base = load_model(recipe.model, str(arguments.device))
+    if recipe.data.clusters is not None:
+        clusters = ClusterAssigner.load(recipe.data.clusters, base)
+        _check_ids(config, "cluster", len(clusters.sizes), "data.clusters")
+        data = data.with_clusters(clusters, arguments.per_device_eval_batch_size)
     set_seed(recipe.seed)  # the adapter's initialisation must not depend on what came before
     model = get_peft_model(base, config)
     trainable_parameters, _ = model.get_nb_trainable_parameters()
@@ -133,12 +144,24 @@ def train(
     return result
 
 
-def _adapter_config(recipe: Recipe) -> MoeLoraConfig:
+def adapter_config(recipe: Recipe) -> MoeLoraConfig:
     """The recipe's `adapter` as a validated config."""
     fields = {"task_type": "CAUSAL_LM", **recipe.adapter}
     preset = fields.pop("preset", "moe_lora")
     require(isinstance(preset, str), "adapter.preset", preset, "the name of a preset")
     return MoeLoraConfig.from_preset(preset, **fields)
+
+
+def _check_ids(config: MoeLoraConfig, router_input: str, number: int, source: str) -> None:
+    """Refuse an adapter that has fewer ids than the data; an accelerator would not say why."""
+    if (config.router_input, config.router_score) != (router_input, "embedding"):
+        return
+    num_ids = config.router_score_kwargs.get("num_ids", DEFAULT_NUM_IDS)
+    if isinstance(num_ids, int) and num_ids < number:
+        raise ConfigError(
+            f"{source} has {number} ids and the adapter {num_ids}; raise "
+            "adapter.router_score_kwargs.num_ids."
+        )
 
 
 def _trainer(
@@ -175,7 +198,7 @@ def _manifest(
     """How the adapter came about, for whoever gets it."""
     settings = recipe.to_dict()
     # Where things lay on this machine is no part of the method, and the adapter will be shared.
-    del settings["output_dir"], settings["data"]["data_dir"]
+    del settings["output_dir"], settings["data"]["data_dir"], settings["data"]["clusters"]
     return {
         "recipe": settings,
         "data": data.to_dict(),

@@ -91,6 +91,16 @@ def test_the_table(folder: Path) -> None:
     assert [cell for cell in second if cell[0].isdigit()] == ["1.000", "1.000", "0", "0.000"]
 
 
+def test_ranks_of_an_allocation_are_those_of_the_tensors(tmp_path: Path) -> None:
+    model = make(allocation="layers", allocation_kwargs={"r": [1, 2]}, lora_alpha=4)
+    text = shown(save_adapter(model, tmp_path / "adapter"))
+    assert "by allocation 'layers' (total rank 4 to 8 per module)" in text
+    model = make(r=8, total_rank=True)
+    text = shown(save_adapter(model, tmp_path / "total"))
+    assert "4, top 2, rank 2 each (total rank 8)" in text
+    assert "topk, linear scores, by token, per linear" in text
+
+
 def test_the_load_is_listed_in_the_order_of_the_layers(folder: Path) -> None:
     lines = [line for line in shown(folder, width=80).splitlines() if "layers." in line]
     assert [line.split()[1] for line in lines] == [

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 COMMANDS = (
-    *("train", "eval", "export", "demo", "init", "tasks", "presets", "inspect"),
+    *("train", "eval", "export", "demo", "init", "tasks", "presets", "inspect", "cluster"),
     *("path", "doctor", "launch"),
 )
 

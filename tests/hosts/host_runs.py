@@ -10,12 +10,33 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from moelora_plugin import MoeLoraConfig
 from moelora_plugin.checkpoint import load_adapter
 from moelora_plugin.model import moelora_layers
+from moelora_plugin.presets import PRESETS
 
 # LLaMA-Factory's chats leave daemon threads running when they end, which on a busy machine now and
 # then aborts the interpreter after everything has been answered.
 ENDS_OF_A_CHAT = (0, -signal.SIGABRT)
+
+
+# Presets that go far from the defaults, each with some options changed: what every host must take.
+# Numbers as text are what YAML 1.1 makes of 1e-3.
+FAMILY: dict[str, dict] = {
+    "mixlora": {
+        "num_experts": 4,
+        "aux_losses": {"z": "1e-3"},
+        "router_modifiers": {"jitter": 0.01},
+        "router_score_kwargs": {"std": 0.1},
+    },
+    "goat": {
+        "num_experts": 4,
+        "init_kwargs": {"rho": "5e+0"},
+        "router_kwargs": {"renormalize": False},
+        "universal_expert": "one",
+    },
+}
+FAMILY_RANK = 8
 
 
 def last_checkpoint(output_dir: Path) -> Path:
@@ -52,6 +73,32 @@ def assert_trained_adapter(folder: Path, gate_rescale: str, modules: int) -> Non
     for name, tensor in tensors.items():
         assert tensor.isfinite().all(), name
         assert tensor.abs().max() > 0, name
+
+
+def family_values(preset: str) -> dict:
+    """`FAMILY` with numbers as numbers."""
+    return {
+        key: {k: float(v) if isinstance(v, str) else v for k, v in value.items()}
+        if isinstance(value, dict)
+        else value
+        for key, value in FAMILY[preset].items()
+    }
+
+
+def assert_trained_preset(folder: Path, preset: str, logged_aux: set[str]) -> None:
+    """A whole adapter as `FAMILY` describes it, whose every B has moved, with its losses logged."""
+    changes = family_values(preset)
+    expected = MoeLoraConfig.from_preset(preset, r=FAMILY_RANK, **changes)
+    config = adapter_config(folder)
+    for key in ("r", "top_k", "site", "init", "scale", "total_rank", *PRESETS[preset].overrides):
+        if key != "target_modules":  # a host may have put the modules' names there
+            assert config[key] == getattr(expected, key), key
+    for key in changes:
+        assert config[key] == getattr(expected, key), key
+    assert logged_aux == {f"aux_{name}" for name in expected.aux_losses}
+    for name, tensor in adapter_tensors(folder).items():
+        assert tensor.isfinite().all(), name
+        assert tensor.abs().max() > 0 or name.endswith("bias"), name
 
 
 def assert_same_tensors(found: Path, expected: Path, *, rtol: float = 0.0) -> None:

@@ -14,9 +14,13 @@ import torch
 import yaml
 from datasets import load_from_disk
 from host_runs import (
+    FAMILY,
+    FAMILY_RANK,
     adapter_tensors,
     assert_same_tensors,
     assert_trained_adapter,
+    assert_trained_preset,
+    last_checkpoint,
     losses,
     reload,
     reload_logits,
@@ -100,6 +104,9 @@ REFUSED = [
     ({"moelora": ["num_experts"]}, "must map names to values"),
     ({"adapter": "lora"}, "needs adapter: moelora"),
     ({"sample_packing": True, "moelora": {"aux_losses": {"z": 0.1}}}, "sample_packing"),
+    ({"sample_packing": True, "moelora": {"preset": "goat"}}, "moelora.aux_losses (switch_lb)"),
+    ({"sample_packing": True, "moelora": {"router_input": "sequence"}}, "sample_packing"),
+    ({"moelora": {"router_kwargs": "renormalize"}}, "router_kwargs"),
     ({"rl": "dpo", "lora_model_dir": "somewhere"}, "lora_model_dir"),
     ({"inference": True}, "lora_model_dir"),
 ]
@@ -379,6 +386,24 @@ def test_refuses_in_a_sentence_what_does_not_fit(runs):
         assert answer.startswith("1 validation error"), (change, answer)
         assert named in answer, (change, answer)
     assert untouched == "accepted"
+
+
+@pytest.mark.parametrize("preset", FAMILY)
+def test_a_preset_of_the_family_trains(runs, model_dir, preset):
+    folder = runs.train(
+        f"family-{preset}",
+        lora_r=FAMILY_RANK,
+        lora_alpha=None,
+        lora_dropout=None,
+        lora_target_modules=None,
+        moelora={"top_k": None, "preset": preset, **FAMILY[preset]},
+        max_steps=2,
+        save_steps=2,
+    )
+    state = json.loads((last_checkpoint(folder) / "trainer_state.json").read_text())
+    logged = {key for key in state["log_history"][0] if key.startswith("aux_")}
+    assert_trained_preset(folder, preset, logged)
+    reload(folder, model_dir)
 
 
 def test_plain_lora_is_untouched(runs, model_dir):

@@ -12,9 +12,12 @@ import torch
 import yaml
 from host_runs import (
     ENDS_OF_A_CHAT,
+    FAMILY,
+    FAMILY_RANK,
     adapter_config,
     assert_same_tensors,
     assert_trained_adapter,
+    assert_trained_preset,
     losses,
     reload,
 )
@@ -368,6 +371,22 @@ def test_a_reward_model_trains_its_head_too(train):
     assert (out / "value_head.safetensors").exists()
 
 
+@pytest.mark.parametrize("preset", FAMILY)
+def test_a_preset_of_the_family_trains(train, model_dir, preset):
+    folder = train(
+        finetuning_type="moelora",
+        lora_target=None,
+        lora_rank=FAMILY_RANK,
+        optim="gradamw",
+        max_steps=2,
+        moelora_preset=preset,
+        **{f"moelora_{key}": value for key, value in FAMILY[preset].items()},
+    )
+    logged = json.loads((folder / "trainer_state.json").read_text())["log_history"][0]
+    assert_trained_preset(folder, preset, {key for key in logged if key.startswith("aux_")})
+    reload(folder, model_dir)
+
+
 def test_plain_lora_does_not_notice_us(train):
     lora = {"finetuning_type": "lora", "optim": "adamw_torch", "template": "fewshot"}
     without = train({"moelora": False}, **lora)
@@ -458,6 +477,14 @@ CASES = {
         "moelora_gate_rescale": "exact",
         "argv": True,
     },
+    "family": {
+        **MOELORA,
+        "moelora_preset": "mixlora",
+        **{f"moelora_{key}": json.dumps(value) for key, value in FAMILY["mixlora"].items()},
+        "moelora_router_modifiers": '{"jitter": 0.01, "capacity": {"tokens": 32}}',
+        "moelora_total_rank": "true",
+        "argv": True,
+    },
     "preset": {**MOELORA, "moelora_preset": "single_lora"},
     "lora": {"finetuning_type": "lora", "lora_target": None},
     "lora with values": {"finetuning_type": "lora", "lora_rank": 4, "lora_dropout": 0.2},
@@ -479,7 +506,7 @@ CASES = {
         ("keys without the type, chat", "ConfigError", "set finetuning_type: moelora"),
         ("unknown preset", "ConfigError", "gr_moe_lora"),
         ("bad value", "ConfigError", "top_k=5 is more than num_experts=4"),
-        ("not a mapping", "ConfigError", "must map names to coefficients"),
+        ("not a mapping", "ConfigError", "moelora_aux_losses='switch_lb' must be a mapping; on a"),
         ("dora", "ConfigError", "use_dora does not go with finetuning_type: moelora"),
         ("pissa", "ConfigError", "moelora_init names the ways to start one"),
         ("lora plus", "ConfigError", "optim_args: lora_plus_ratio=..."),
@@ -505,6 +532,9 @@ def test_what_cannot_work_is_refused_before_the_base_is_loaded(answers, case, er
         ("command line", {"moelora_aux_losses": {"z": 0.001, "switch_lb": 0.1}}),
         ("command line", {"moelora_layers_to_transform": [0], "moelora_gate_rescale": "exact"}),
         ("command line", {"moelora_exclude_modules": ".*lm_head"}),
+        ("family", {"moelora_aux_losses": {"z": 0.001}, "moelora_total_rank": True}),
+        ("family", {"moelora_router_score_kwargs": {"std": 0.1}, "lora_rank": 16}),
+        ("family", {"moelora_router_modifiers": {"jitter": 0.01, "capacity": {"tokens": 32}}}),
         ("preset", {"lora_rank": 80, "lora_alpha": 320, "lora_dropout": 0.05}),
         ("lora", {"lora_rank": 8, "lora_alpha": 16, "lora_dropout": 0.0, "lora_target": ["all"]}),
         ("lora with values", {"lora_rank": 4, "lora_alpha": 8, "lora_dropout": 0.2}),

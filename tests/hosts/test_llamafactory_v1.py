@@ -15,10 +15,13 @@ import yaml
 from conftest import ROOT, Host
 from host_runs import (
     ENDS_OF_A_CHAT,
+    FAMILY,
+    FAMILY_RANK,
     adapter_config,
     adapter_tensors,
     assert_same_tensors,
     assert_trained_adapter,
+    assert_trained_preset,
     reload,
 )
 from transformers import AutoTokenizer
@@ -284,6 +287,23 @@ def test_reward_model(v1, rows):
     experts = [tensor for name, tensor in tensors.items() if name.endswith("moelora_B.weight")]
     assert len(experts) == MODULES
     assert all(tensor.abs().max() > 0 for tensor in experts)
+
+
+@pytest.mark.parametrize("preset", FAMILY)
+def test_a_preset_of_the_family_trains(v1, model_dir, preset):
+    output = v1.train(
+        f"family_{preset}",
+        max_steps=2,
+        peft_config={
+            "preset": preset,
+            "r": FAMILY_RANK,
+            **dict.fromkeys(("top_k", "lora_alpha", "lora_dropout", "target_modules")),
+            **FAMILY[preset],
+        },
+    )
+    (first, *_) = (output / "trainer_log.jsonl").read_text().splitlines()
+    assert_trained_preset(output, preset, {k for k in json.loads(first) if k.startswith("aux_")})
+    reload(output, model_dir)
 
 
 def test_plain_lora_is_untouched(v1, rows):

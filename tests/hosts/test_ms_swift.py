@@ -12,9 +12,12 @@ from string import Template
 import pytest
 import torch
 from host_runs import (
+    FAMILY,
+    FAMILY_RANK,
     adapter_config,
     assert_same_tensors,
     assert_trained_adapter,
+    assert_trained_preset,
     last_checkpoint,
     losses,
     reload,
@@ -317,6 +320,23 @@ def test_export_names_our_own(ms_swift, accumulated):
     assert not Path(f"{accumulated}-merged").exists()
 
 
+@pytest.mark.parametrize("preset", FAMILY)
+def test_a_preset_of_the_family_trains(train, model_dir, preset):
+    """Its options on a command line, as JSON."""
+    folder = train(
+        tuner_type="moelora",
+        lora_rank=FAMILY_RANK,
+        **OPTIMIZER,
+        max_steps=2,
+        save_steps=2,
+        moelora_preset=preset,
+        **{f"moelora_{key}": value for key, value in FAMILY[preset].items()},
+    )
+    logged = json.loads((folder / "trainer_state.json").read_text())["log_history"][0]
+    assert_trained_preset(folder, preset, {key for key in logged if key.startswith("aux_")})
+    reload(folder, model_dir)
+
+
 def test_plain_lora_does_not_notice_us(train):
     without = train(tuner_type="lora", host={"moelora": False})
     beside = train(tuner_type="lora")
@@ -367,7 +387,7 @@ REFUSALS = {
     ),
     "not a mapping": (
         {"moelora_aux_losses": "switch_lb=1"},
-        "moelora_aux_losses='switch_lb=1' must be JSON",
+        "moelora_aux_losses='switch_lb=1' must be a mapping; on a command line that is JSON",
     ),
     "another LoRA": ({"use_dora": True}, "use_dora does not go with tuner_type moelora: remove it"),
     "another initialisation": ({"init_weights": "pissa"}, "remove it, or use moelora_init"),

@@ -9,9 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from host_runs import (
+    FAMILY,
+    FAMILY_RANK,
     adapter_config,
     adapter_tensors,
     assert_trained_adapter,
+    assert_trained_preset,
+    family_values,
     losses,
     reload,
 )
@@ -29,6 +33,11 @@ LN_2 = math.log(2)
 
 # TRL 0.29.1 with transformers 5.19 and PEFT 0.20; TRL 1.16 with transformers 5.23 and PEFT 0.21.2.
 ENVIRONMENTS = ["ms_swift", "trl"]
+
+
+def family(preset: str) -> dict:
+    """A preset's changed options as Python values."""
+    return {"preset": preset, "r": FAMILY_RANK, **family_values(preset)}
 
 
 def jobs(folder: Path, model_dir: Path, files: dict[str, Path]) -> list[dict]:
@@ -53,6 +62,10 @@ def jobs(folder: Path, model_dir: Path, files: dict[str, Path]) -> list[dict]:
         job("padded", "sft", AUX, GRADAMW),
         job("flat", "sft", AUX, {**GRADAMW, **flat}),
         job("packed", "sft", AUX, {**GRADAMW, **packed}),
+        *(
+            job(f"family-{preset}", "sft", family(preset), {**GRADAMW, "max_steps": 2})
+            for preset in FAMILY
+        ),
     ]
 
 
@@ -124,6 +137,15 @@ def test_rows_without_padding_train_as_padded_rows(folder):
     for key in ("aux_switch_lb", "aux_z"):
         assert_close(losses(folder / "flat", key), losses(folder / "padded", key))
     assert torch.tensor(losses(folder / "packed")).isfinite().all()
+
+
+@pytest.mark.parametrize("preset", FAMILY)
+def test_a_preset_of_the_family_trains(folder, model_dir, preset):
+    run = folder / f"family-{preset}"
+    state = json.loads((run / "trainer_state.json").read_text())
+    logged = {key for key in state["log_history"][0] if key.startswith("aux_")}
+    assert_trained_preset(run, preset, logged)
+    reload(run, model_dir)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@
     trainer        "trainer", "sft" or "dpo"
     model, data    a base model's folder, a JSONL file
     rows           use only the first so many rows
-    adapter        fields of MoeLoraConfig; without it the run is one of plain LoRA
+    adapter        fields of MoeLoraConfig, and `preset`; without it the run is one of plain LoRA
     seed           for the adapter's initialisation
     continue_from  an adapter to go on with in place of a new one
     random_b       start from experts that do something already
@@ -61,6 +61,9 @@ def peft_config(run):
         return LoraConfig(**LORA, lora_dropout=0.1)
     from moelora_plugin import MoeLoraConfig
 
+    if "preset" in run["adapter"]:
+        fields = dict(run["adapter"])
+        return MoeLoraConfig.from_preset(fields.pop("preset"), task_type="CAUSAL_LM", **fields)
     return MoeLoraConfig(**{**LORA, "r": 2, "num_experts": 4, "top_k": 2, **run["adapter"]})
 
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import pytest
+import yaml
 
 from moelora_plugin import MoeLoraConfig
 from moelora_plugin.errors import ConfigError
+from moelora_plugin.integrations.init import write_config
 from moelora_plugin.integrations.options import (
     adapter_config,
     option_types,
+    option_value,
+    preset_fields,
     refuse_disagreement,
 )
+from moelora_plugin.presets import PRESETS
 
 
 def test_the_preset_first_then_the_host_s_words_then_our_options():
@@ -72,3 +77,72 @@ def test_the_options_of_a_host_are_the_fields_it_has_no_word_for():
     found = option_types({"r", "target_modules"})
     assert (found["preset"], found["num_experts"]) == (str, int)
     assert not {"r", "target_modules", "format_version", "peft_type", "revision"} & set(found)
+
+
+MAPPINGS = sorted(
+    name for name, hint in option_types(()).items() if getattr(hint, "__origin__", None) is dict
+)
+
+
+def test_every_mapping_of_the_configuration_is_among_them():
+    assert {"aux_losses", "router_modifiers", "router_kwargs", "expert_kwargs"} <= set(MAPPINGS)
+
+
+class HostMapping(dict):
+    """A host's own kind of mapping (axolotl's DictDefault)."""
+
+
+@pytest.mark.parametrize("name", MAPPINGS)
+def test_a_mapping_comes_as_yaml_as_a_host_s_own_kind_or_as_json(name):
+    expected = {"a": 0.001, "b": {"c": [1, "2", 0.5], "d": None}, "e": "1x", "f": True}
+    for given in (
+        HostMapping(expected, a="1e-3", b=HostMapping(c=(1, "2", ".5"), d=None)),
+        '{"a": 1e-3, "b": {"c": [1, "2", "0.5"], "d": null}, "e": "1x", "f": true}',
+    ):
+        found = option_value(name, given)
+        assert found == expected
+        assert type(found) is type(found["b"]) is dict
+        assert isinstance(found["a"], float)
+
+
+@pytest.mark.parametrize("name", MAPPINGS)
+def test_text_that_is_no_json_is_refused_by_the_host_s_key(name):
+    with pytest.raises(ConfigError, match=f"^host_{name}='a=1' must be a mapping; .*JSON"):
+        option_value(name, "a=1", f"host_{name}")
+
+
+def test_plain_values_and_names_stay_as_they_are():
+    for name, value in {"router": "1e-3", "num_experts": 8, "target_modules": ["1.5"]}.items():
+        assert option_value(name, value) == value
+    assert option_value("trainable_token_indices", {"embed": [1, 2]}) == {"embed": [1, 2]}
+    assert option_value("no_such_field", "1e-3") == "1e-3"
+
+
+def test_a_mapping_joins_the_preset_s_and_null_takes_a_key_out():
+    config = adapter_config(
+        {"preset": "mixlora_switch", "aux_losses": {"z": "2e-3", "switch_lb": None}}
+    )
+    assert config.aux_losses == {"z": 0.002}
+    assert preset_fields({"preset": "mixlora_switch"})["site"] == config.site == "block"
+    assert preset_fields({})["num_experts"] == 20
+    with pytest.raises(ConfigError, match="did you mean 'mixlora'"):
+        preset_fields({"preset": "mixlorra"})
+
+
+SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_init_writes_the_preset_s_target_modules(name, tmp_path):
+    if PRESETS[name].needs:
+        with pytest.raises(ConfigError, match=rf"^Preset '{name}' needs .* which only you can say"):
+            write_config("axolotl", preset=name, out=tmp_path / "axolotl")
+        return
+    expected = PRESETS[name].overrides.get("target_modules", SEVEN[:4])
+    expected = SEVEN if expected == "all-linear" else expected
+    write_config("axolotl", preset=name, out=tmp_path / "axolotl")
+    write_config("llamafactory", preset=name, out=tmp_path / "llamafactory")
+    axolotl = yaml.safe_load((tmp_path / "axolotl" / "axolotl.yaml").read_text())
+    llamafactory = yaml.safe_load((tmp_path / "llamafactory" / "llamafactory.yaml").read_text())
+    assert axolotl["lora_target_modules"] == expected
+    assert llamafactory["lora_target"].split(",") == expected

@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from moelora_plugin.ops.rank_gated import rank_gated
-from moelora_plugin.ops.reference import moe_lora_loop, topk_softmax_loop
+from moelora_plugin.ops.reference import (
+    lora_terms,
+    moe_lora_loop,
+    shared_a_terms,
+    shared_b_terms,
+    sum_of_terms,
+    topk_softmax_loop,
+)
 from moelora_plugin.types import Gates
 
 SHAPES = [  # tokens, in, out, ranks
@@ -150,3 +157,120 @@ def test_autocast_computes_in_its_dtype_and_keeps_parameter_gradients_wide():
     expected = moe_lora_loop(*[leaf.detach() for leaf in leaves], (4,) * 5, 1.7)
     error = (out.detach().float() - expected).abs().max()
     assert error < 8 * torch.finfo(torch.bfloat16).eps * expected.abs().max()
+
+
+# A shared factor
+
+
+TERMS = {"a": shared_a_terms, "b": shared_b_terms}
+
+
+def shared_inputs(shared, shape, dtype=torch.float64):
+    tokens, d_in, d_out, experts, rank = shape
+    torch.manual_seed(0)
+    leaves = [
+        torch.randn(tokens, d_in, dtype=dtype),
+        torch.randn(rank if shared == "a" else experts * rank, d_in, dtype=dtype),
+        torch.randn(d_out, rank if shared == "b" else experts * rank, dtype=dtype),
+        topk_softmax_loop(torch.randn(tokens, experts, dtype=dtype), (experts + 1) // 2),
+    ]
+    return [leaf.requires_grad_() for leaf in leaves], torch.randn(tokens, d_out, dtype=dtype)
+
+
+def shared_oracle(leaves, shared, rank, scaling, rescale, scope):
+    x, a, b, weights = leaves
+    terms = TERMS[shared](weights, rank, scaling)
+    return sum_of_terms(terms, x, x.new_zeros(len(x), len(b)), {"A": a, "B": b}, rescale, scope)
+
+
+SHARED_SHAPES = [(1, 3, 5, 1, 1), (7, 12, 10, 3, 2), (16, 20, 9, 5, 4), (5, 8, 8, 4, 1)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("rescale", "scope"), MODES)
+@pytest.mark.parametrize("shape", SHARED_SHAPES, ids=str)
+@pytest.mark.parametrize("shared", ["a", "b"])
+def test_a_shared_factor_equals_the_oracle(shared, shape, rescale, scope, dtype):
+    leaves, upstream = shared_inputs(shared, shape, dtype)
+    fast = rank_gated(*leaves[:3], Gates(leaves[3], 1.7, rescale, scope), shared=shared)
+    slow = shared_oracle(leaves, shared, shape[4], 1.7, rescale, scope)
+    tolerance = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
+    torch.testing.assert_close(fast, slow, **tolerance)
+    fast_grads = torch.autograd.grad(fast, leaves, upstream)
+    slow_grads = torch.autograd.grad(slow, leaves, upstream)
+    for name, got, expected in zip(["x", "a", "b", "gates"], fast_grads, slow_grads, strict=True):
+        torch.testing.assert_close(got, expected, **tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("shared", ["a", "b"])
+def test_gradcheck_of_a_shared_factor(shared):
+    leaves, _ = shared_inputs(shared, (4, 5, 6, 3, 2))
+
+    def update(x, a, b, weights):
+        return rank_gated(x, a, b, Gates(weights, 1.3), shared=shared)
+
+    assert torch.autograd.gradcheck(update, leaves)
+
+
+@pytest.mark.parametrize("shared", ["a", "b"])
+def test_a_shared_factor_in_bf16_and_under_autocast(shared):
+    shape = (16, 20, 9, 5, 4)
+    leaves, upstream = shared_inputs(shared, shape, torch.float32)
+    slow = shared_oracle(leaves, shared, 4, 1.7, "sqrt", "weights")
+    slow_grads = torch.autograd.grad(slow, leaves, upstream)
+    half = [leaf.detach().bfloat16().requires_grad_() for leaf in leaves[:3]]
+    gates = Gates(leaves[3], 1.7, "sqrt")
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = rank_gated(*leaves[:3], gates, shared=shared)
+    in_half = rank_gated(*half, gates, shared=shared)
+    for fast, factors in ((in_half, half), (under_autocast, leaves[:3])):
+        assert fast.dtype == torch.bfloat16
+        grads = torch.autograd.grad(fast, [*factors, leaves[3]], upstream.bfloat16())
+        # Inputs, z, h, the sum over experts and the result are each rounded once.
+        for got, expected in zip([fast, *grads], [slow, *slow_grads], strict=True):
+            error = (got.float() - expected).abs().max()
+            assert error < 10 * torch.finfo(torch.bfloat16).eps * expected.abs().max()
+
+
+@pytest.mark.parametrize("shared", ["none", "a", "b"])
+def test_no_tokens_give_an_empty_update_and_zero_gradients(shared):
+    leaves, _ = shared_inputs(shared, (2, 5, 6, 3, 2))
+    x, weights = leaves[0][:0], leaves[3][:0]
+    if shared == "none":
+        leaves[1] = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+        leaves[2] = torch.randn(6, 6, dtype=torch.float64, requires_grad=True)
+    out = rank_gated(x, *leaves[1:3], Gates(weights, 1.0, "sqrt"), shared=shared)
+    assert out.shape == (0, 6)
+    grads = torch.autograd.grad(out.sum(), leaves)
+    assert all(torch.count_nonzero(grad) == 0 for grad in grads)
+
+
+# A surrogate given with the gates
+
+
+@pytest.mark.parametrize("scope", ["weights", "output"])
+@pytest.mark.parametrize("ranks", [(2, 2, 2), (1, 3, 2)])
+def test_a_given_surrogate_takes_the_place_of_the_gates_in_the_experts_backward(ranks, scope):
+    """A and B get the gradient of the mixture that has the surrogate for gates; so may x."""
+    (x, a, b, weights), upstream = inputs((7, 12, 10, ranks), 2, torch.float64)
+    surrogate = torch.rand_like(weights)
+    owners = torch.tensor([e for e, rank in enumerate(ranks) for _ in range(rank)])
+    owners = None if len(set(ranks)) == 1 else owners
+
+    def mixture(gates):
+        out = rank_gated(x, a, b, gates, owners)
+        return out, torch.autograd.grad(out, [x, a, b], upstream, retain_graph=True)
+
+    true, (true_x, _, _) = mixture(Gates(weights, 1.7))
+    _, (other_x, other_a, other_b) = mixture(Gates(surrogate, 1.7))
+    out, (grad_x, grad_a, grad_b) = mixture(Gates(weights, 1.7, "exact", scope, surrogate))
+    assert torch.equal(out, true)
+    assert torch.equal(grad_a, other_a)
+    assert torch.equal(grad_b, other_b)
+    assert torch.equal(grad_x, true_x if scope == "weights" else other_x)
+    terms = lora_terms(weights, ranks, 1.7)
+    slow = sum_of_terms(terms, x, torch.zeros_like(out), {"A": a, "B": b})
+    (expected,) = torch.autograd.grad(slow, weights, upstream)
+    (found,) = torch.autograd.grad(out, weights, upstream)
+    # As in the comparisons above.
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)

@@ -29,7 +29,14 @@ from peft import PeftConfig, PeftModel
 
 from ... import PRESETS, MoeLoraConfig
 from ...errors import ConfigError
-from ..options import DEFAULT_PRESET, adapter_config, option_types, refuse_disagreement
+from ..options import (
+    DEFAULT_PRESET,
+    adapter_config,
+    option_types,
+    option_value,
+    preset_fields,
+    refuse_disagreement,
+)
 
 FINETUNING_TYPE = "moelora"
 PREFIX = "moelora_"
@@ -40,7 +47,7 @@ _UNSET_BY_DEFAULT = {"lora_rank": "r", "lora_alpha": "lora_alpha", "lora_dropout
 _OTHER_WORDS = {"use_rslora": "use_rslora", "additional_target": "modules_to_save"}
 
 _REFUSED = {
-    "use_dora": "DoRA rescales the columns of one merged weight, which a routed update has not",
+    "use_dora": "it is for one LoRA; moelora_expert: dora is its form for experts",
     "pissa_init": "it starts one LoRA, not a mixture; moelora_init names the ways to start one",
     "pissa_convert": "it converts one LoRA, not a mixture",
     "loraplus_lr_ratio": "its groups know no gates; set optim: gradamw (or another of moelora's) "
@@ -87,8 +94,9 @@ class _ArgumentsBase(FinetuningArguments):  # type: ignore[misc]
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name.startswith(PREFIX) and value is not None:
-                options[field.name.removeprefix(PREFIX)] = value = _read_json(value)
-                setattr(self, field.name, value)
+                name = field.name.removeprefix(PREFIX)
+                options[name] = option_value(name, _read_json(value), field.name)
+                setattr(self, field.name, options[name])
         self.mixture: _Mixture | None = None
         if self.finetuning_type == FINETUNING_TYPE:
             self._take_mixture(options)
@@ -290,8 +298,7 @@ def _mixture_for_lora(module: Any, mixture: _Mixture | None) -> Iterator[None]:
         return
 
     def lora_config(**lora: Any) -> MoeLoraConfig:
-        preset = PRESETS[mixture.options.get("preset", DEFAULT_PRESET)].overrides
-        if mixture.default_targets and "target_modules" in preset:
+        if mixture.default_targets and "target_modules" in preset_fields(mixture.options):
             lora.pop("target_modules")
         fields = ("target_modules", "modules_to_save", "task_type", "inference_mode")
         config = mixture.config(**{key: lora[key] for key in fields if key in lora})

@@ -351,8 +351,6 @@ def _value(key: str, value: Any) -> Any:
         return "all-linear"
     if key in _NAME_LISTS and isinstance(value, str) and value != "all-linear":
         return [name.strip() for name in value.split(",")]
-    if key == "aux_losses" and isinstance(value, Mapping):
-        return {name: _number(coefficient) for name, coefficient in value.items()}
     return _number(value) if key in _NUMBERS else value
 
 

@@ -16,7 +16,7 @@ from ...config import PEFT_TYPE, MoeLoraConfig
 from ...errors import ConfigError
 from ...lookup import nearest
 from ...optim import OPTIMIZERS
-from ..options import adapter_config, option_types, refuse_disagreement
+from ..options import adapter_config, option_types, option_value, refuse_disagreement, takes_mapping
 
 TUNER_TYPE = "moelora"
 PREFIX = "moelora_"
@@ -33,7 +33,7 @@ _FROM_THE_MODEL = {"target_modules", "modules_to_save"}
 
 # Arguments of swift's LoRA that this adapter cannot follow, and what to do instead.
 _REFUSED = {
-    "use_dora": "remove it",
+    "use_dora": f"remove it, or use {PREFIX}expert dora",
     "target_parameters": "name linear modules in target_modules",
     "lora_dtype": "remove it",
     "init_weights": f"remove it, or use {PREFIX}init",
@@ -53,7 +53,7 @@ def _parser_type(hint: Any) -> Any:
     for part in get_args(hint):
         if get_origin(part) is list:  # a list, or one of its members alone
             return part | None
-    if get_origin(hint) is dict:
+    if takes_mapping(hint):
         return dict | str | None  # JSON on a command line
     return hint | None
 
@@ -204,19 +204,7 @@ def _options(args: Any) -> dict[str, Any]:
     for name in OPTION_TYPES:
         if (value := getattr(args, PREFIX + name, None)) is not None:
             options[name] = value
-    return {name: _value(name, value) for name, value in options.items()}
-
-
-def _value(name: str, value: Any) -> Any:
-    """A mapping from the command line is text."""
-    if dict in get_args(OPTION_TYPES[name]) and isinstance(value, str):
-        try:
-            return json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ConfigError(
-                f"""{PREFIX}{name}={value!r} must be JSON, like '{{"switch_lb": 0.001}}'."""
-            ) from error
-    return value
+    return {name: option_value(name, value, PREFIX + name) for name, value in options.items()}
 
 
 def _set_words(args: Any) -> dict[str, Any]:

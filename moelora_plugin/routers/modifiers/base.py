@@ -5,21 +5,34 @@ Shape suffixes: N rows, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from ...errors import ConfigError
+from ...lookup import unknown_key_message
 from ...types import LayerPlan, Rows
 
 
 class Modifier:
     """Changes a router at one or more stages; every stage does nothing unless overridden.
 
+    What the class attributes say is declared for contract tests and docs.
+
+    Attributes:
+        mixes_rows: whether it makes a row's gates depend on the other rows (capacity).
+        random: whether a training forward draws random numbers.
+        example: a value as the configuration may have it.
+
     Args:
         value: what stands beside the name in `router_modifiers`: a number, or a mapping of options.
         plan: the layer's experts.
     """
+
+    mixes_rows = False
+    random = False
+    example: ClassVar[Any]
 
     def __init__(self, value: Any, plan: LayerPlan) -> None:
         self.plan = plan
@@ -37,12 +50,12 @@ class Modifier:
         return logits_NE
 
     def on_probs(self, probs_NE: Tensor, rows: Rows, state: nn.Module) -> Tensor:
-        """Between the router's probabilities and its selection."""
+        """Between the router's probabilities and its selection; 0 takes an expert out of it."""
         return probs_NE
 
-    def preference(self, preference_NE: Tensor | None, logits_NE: Tensor, state: nn.Module) -> Any:
-        """What the selection goes by, in place of the probabilities; None leaves it as it is."""
-        return preference_NE
+    def bias(self, state: nn.Module) -> Tensor | None:
+        """What is added to the logits (E,) for the selection alone; None for nothing."""
+        return None
 
     def on_weights(self, weights_NE: Tensor, rows: Rows, state: nn.Module) -> Tensor:
         """After the selection."""
@@ -66,6 +79,11 @@ class RouterModifiers(nn.Module):
             for name, tensor in modifier.buffers().items():
                 self.register_buffer(name, tensor)
 
+    @property
+    def mixes_rows(self) -> bool:
+        """Whether one of them does."""
+        return any(modifier.mixes_rows for modifier in self.modifiers)
+
     def on_input(self, rows: Rows) -> Rows:
         """See `Modifier`."""
         for modifier in self.modifiers:
@@ -84,15 +102,14 @@ class RouterModifiers(nn.Module):
             probs_NE = modifier.on_probs(probs_NE, rows, self)
         return probs_NE
 
-    def preference(self, logits_NE: Tensor, probs_NE: Tensor) -> Tensor:
-        """The probabilities, unless a modifier has another preference."""
-        preference_NE: Tensor | None = None
+    def bias(self) -> Tensor | None:
+        """See `Modifier`; several add up."""
+        total_E: Tensor | None = None
         for modifier in self.modifiers:
-            preference_NE = modifier.preference(preference_NE, logits_NE, self)
-        if preference_NE is None:
-            return probs_NE
-        # An expert that dropped out is not selected for its logit.
-        return preference_NE.masked_fill(probs_NE == 0, -float("inf"))
+            bias_E = modifier.bias(self)
+            if bias_E is not None:
+                total_E = bias_E if total_E is None else total_E + bias_E
+        return total_E
 
     def on_weights(self, weights_NE: Tensor, rows: Rows) -> Tensor:
         """See `Modifier`."""
@@ -104,3 +121,39 @@ class RouterModifiers(nn.Module):
         """See `Modifier`."""
         for modifier in self.modifiers:
             modifier.before_call(self)
+
+
+def number_in(name: str, value: Any, wanted: str, fits: Callable[[float], bool]) -> float:
+    """A number among a modifier's options.
+
+    Args:
+        name: the modifier.
+        value: what the configuration gives.
+        wanted: what that must be, in words.
+        fits: whether a number is in range.
+
+    Raises:
+        ConfigError: it is no number, or out of range.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not fits(value):
+        raise ConfigError(f"router_modifiers[{name!r}]: {value!r} must be {wanted}.")
+    return value
+
+
+def options_of(name: str, value: Any, main: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """A modifier's options, whose value may be the main one alone.
+
+    Args:
+        name: the modifier.
+        value: what the configuration gives: the main option's value, or a mapping of options.
+        main: the option that a plain value stands for.
+        defaults: every option.
+
+    Raises:
+        ConfigError: an option that the modifier does not have.
+    """
+    given = dict(value) if isinstance(value, Mapping) else {main: value}
+    unknown = sorted(set(given) - set(defaults))
+    if unknown:
+        raise ConfigError(unknown_key_message(f"router_modifiers[{name!r}]", unknown[0], defaults))
+    return {**defaults, **given}

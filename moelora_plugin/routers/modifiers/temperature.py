@@ -5,13 +5,13 @@ Shape suffixes: N rows, E experts.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor, nn
 
-from ...errors import ConfigError
 from ...types import LayerPlan, Rows
-from .base import Modifier
+from .base import Modifier, number_in
 
 
 class Temperature(Modifier):
@@ -22,11 +22,13 @@ class Temperature(Modifier):
         plan: the layer's experts.
     """
 
+    example = 0.5
+
     def __init__(self, value: Any, plan: LayerPlan) -> None:
         super().__init__(value, plan)
-        if not value > 0:
-            raise ConfigError(f"router_modifiers['temperature']={value!r} must be positive.")
-        self.temperature = float(value)
+        self.temperature = number_in(
+            "temperature", value, "positive", lambda number: 0 < number < math.inf
+        )
 
     def on_logits(self, logits_NE: Tensor, rows: Rows, state: nn.Module) -> Tensor:
         """Logits over temperature."""

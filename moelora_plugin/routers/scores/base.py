@@ -5,10 +5,14 @@ Shape suffixes: N rows, I in, E experts, R total rank.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
+from ...errors import ConfigError
 from ...types import LayerPlan, Rows
 
 
@@ -20,6 +24,7 @@ class Score(nn.Module, ABC):
 
     Attributes:
         reads_input: whether the logits depend on `rows.x`.
+        reads_ids: whether they depend on `rows.ids`.
 
     Args:
         in_features: I.
@@ -27,6 +32,7 @@ class Score(nn.Module, ABC):
     """
 
     reads_input = True
+    reads_ids = False
 
     def __init__(self, in_features: int, plan: LayerPlan) -> None:
         super().__init__()
@@ -45,3 +51,71 @@ class Score(nn.Module, ABC):
             rows: what is decided about.
             a: the experts' stacked A (R, I), for scores that read their activations A x.
         """
+
+    def read_experts(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Set what follows from the experts' initial (A_i, B_i), where anything does."""
+
+    def features(self, rows: Rows) -> Tensor:
+        """The rows' features (N, I).
+
+        Raises:
+            ConfigError: the router's input gives none.
+        """
+        if rows.x is None:
+            raise ConfigError(
+                f"{type(self).__name__} reads features and this router_input gives none; set "
+                "router_input to 'token', 'sequence' or 'prompt', or router_score to 'embedding' "
+                "(reads ids) or 'static'."
+            )
+        return rows.x
+
+    def expert_activations(self, rows: Rows, a: Tensor | None) -> tuple[Tensor, ...]:
+        """Each expert's own A_i x (N, r_i).
+
+        Raises:
+            ConfigError: the experts have no A each.
+        """
+        x_NI = self.features(rows)
+        total = self.plan.total_rank
+        # A universal expert's ranks come last and are not decided about.
+        if a is None or a.ndim != 2 or len(a) < total:
+            raise ConfigError(
+                f"{type(self).__name__} compares the experts' own activations A_i x, and these "
+                "experts have no A each; set expert='lora', or another router_score."
+            )
+        return torch.split(torch.nn.functional.linear(x_NI, a[:total]), list(self.plan.ranks), -1)
+
+
+def reset_linear(weight: Tensor) -> None:
+    """`torch.nn.Linear`'s own initialisation of a weight (out, in)."""
+    nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """In fp32 or wider: norms and softmaxes of halves are too coarse."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def require_count(key: str, value: object, least: int = 1) -> None:
+    """Refuse an option that is no integer of at least `least`.
+
+    Raises:
+        ConfigError: with the key to change.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(
+            f"router_score_kwargs[{key!r}]={value!r} must be an integer of at least {least}."
+        )
+
+
+def require_choice(key: str, value: object, choices: Sequence[str]) -> None:
+    """Refuse an option that is none of `choices`.
+
+    Raises:
+        ConfigError: with the key to change.
+    """
+    if value not in choices:
+        raise ConfigError(
+            f"router_score_kwargs[{key!r}]={value!r} must be one of "
+            f"{', '.join(map(repr, choices))}."
+        )

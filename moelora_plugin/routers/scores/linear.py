@@ -5,13 +5,11 @@ Shape suffixes: N rows, I in, E experts.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from ...types import LayerPlan, Rows
-from .base import Score
+from .base import Score, reset_linear
 
 
 class LinearScore(Score):
@@ -42,7 +40,7 @@ class LinearScore(Score):
     def reset_parameters(self) -> None:
         """See `std`."""
         if self.std is None:
-            nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+            reset_linear(self.weight)
         else:
             nn.init.normal_(self.weight, std=self.std)
         if self.bias is not None:
@@ -50,5 +48,4 @@ class LinearScore(Score):
 
     def forward(self, rows: Rows, a: Tensor | None) -> Tensor:
         """Logits (N, E)."""
-        assert rows.x is not None
-        return torch.nn.functional.linear(rows.x, self.weight, self.bias)
+        return torch.nn.functional.linear(self.features(rows), self.weight, self.bias)

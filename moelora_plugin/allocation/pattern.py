@@ -1,0 +1,67 @@
+"""Numbers by the module's name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError
+from ..types import LayerPlan, Place
+from .base import plan_from
+
+if TYPE_CHECKING:
+    from ..config import MoeLoraConfig
+
+
+def pattern(
+    config: MoeLoraConfig,
+    place: Place,
+    *,
+    num_experts: Mapping[str, int] | None = None,
+    top_k: Mapping[str, int] | None = None,
+    r: Mapping[str, int | Sequence[int]] | None = None,
+    alpha: Mapping[str, float] | None = None,
+) -> LayerPlan:
+    """For each number a mapping from pattern to value; the first pattern that matches wins.
+
+    A pattern is a regular expression for the whole name of the module or for its last parts, as in
+    PEFT's `rank_pattern`: "q_proj", or "layers[.](0|1)[.].*". A module that none matches takes the
+    configuration's number.
+
+    Args:
+        config: gives the numbers that no pattern matches.
+        place: the module.
+        num_experts: experts by pattern.
+        top_k: selected experts by pattern.
+        r: rank by pattern; a list holds one rank per expert.
+        alpha: alpha by pattern.
+
+    Raises:
+        ConfigError: no mapping, a pattern that is no regular expression, or a value that is not of
+            its kind.
+    """
+    given = {"num_experts": num_experts, "top_k": top_k, "r": r, "alpha": alpha}
+    values: dict[str, Any] = {}
+    for axis, mapping in given.items():
+        if mapping is None:
+            continue
+        if not isinstance(mapping, Mapping):
+            raise ConfigError(
+                f"allocation_kwargs[{axis!r}]={mapping!r} must map patterns to values."
+            )
+        matching = (value for key, value in mapping.items() if _matches(axis, key, place.name))
+        found = next(matching, None)
+        if found is not None:
+            values[axis] = found
+    return plan_from(config, "allocation_kwargs", values)
+
+
+def _matches(axis: str, expression: str, name: str) -> bool:
+    try:
+        return re.fullmatch(rf"(.*\.)?({expression})", name) is not None
+    except re.error as error:
+        raise ConfigError(
+            f"allocation_kwargs[{axis!r}] has the pattern {expression!r}, which is no regular "
+            f"expression: {error}."
+        ) from error

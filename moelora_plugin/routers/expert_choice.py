@@ -1,0 +1,72 @@
+"""Experts choose rows.
+
+Shape suffixes: N rows, B sequences, S rows of a sequence, E experts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..types import LayerPlan, Rows
+from .base import Router, softmax_wide
+
+
+class ExpertChoiceRouter(Router):
+    """Expert choice (arXiv 2202.09368): each expert takes the rows that like it most.
+
+    Of the n rows of a sequence that are not padding, each expert takes the n c / E (rounded, at
+    least 1) with the largest softmax(logits) for it; that probability is the gate. So every expert
+    has the same load, and a row may have all experts or none.
+
+    Each sequence is on its own, where the paper takes a batch: what else is in the batch makes no
+    difference. But a row's gates depend on later rows, which a language model that generates does
+    not have yet: with one new row at a time every expert takes it. Use it for encoders and scoring,
+    or expect training and generation to differ.
+
+    Args:
+        in_features: I.
+        plan: the layer's experts.
+        capacity_factor: c, experts per row on average, positive; `top_k` where left out.
+
+    Raises:
+        ConfigError: the factor is not positive.
+    """
+
+    mixes_rows = True
+
+    def __init__(
+        self, in_features: int, plan: LayerPlan, *, capacity_factor: float | None = None
+    ) -> None:
+        super().__init__(in_features, plan)
+        if capacity_factor is not None and not capacity_factor > 0:
+            raise ConfigError(
+                f"router_kwargs['capacity_factor']={capacity_factor!r} must be positive."
+            )
+        self.capacity_factor = plan.top_k if capacity_factor is None else capacity_factor
+
+    def probabilities(self, scores_NE: Tensor, rows: Rows) -> Tensor:
+        """Softmax over all experts."""
+        return softmax_wide(scores_NE)
+
+    def select(
+        self, probs_NE: Tensor, preference_NE: Tensor, rows: Rows
+    ) -> tuple[Tensor, Tensor | None]:
+        """Zero where a row was not taken."""
+        preference_BSE = preference_NE.unflatten(0, (rows.batch, -1))
+        if rows.real is None:
+            real_BS = preference_BSE.new_ones(preference_BSE.shape[:2], dtype=torch.bool)
+        else:
+            real_BS = rows.real.unflatten(0, (rows.batch, -1))
+        share = self.capacity_factor / self.plan.num_experts
+        capacity_B = (real_BS.sum(-1) * share).round().clamp(min=1)
+        preference_BSE = preference_BSE.masked_fill(~real_BS.unsqueeze(-1), -float("inf"))
+        order_BSE = preference_BSE.argsort(dim=1, descending=True, stable=True)
+        place_BSE = order_BSE.argsort(dim=1)  # the inverse permutation
+        taken_BSE = (place_BSE < capacity_B[:, None, None]) & real_BS.unsqueeze(-1)
+        return probs_NE * taken_BSE.flatten(0, 1).to(probs_NE.dtype), None
+
+    def fixed_weights(self) -> Tensor | None:
+        """One expert that takes every row always has gate 1."""
+        return self.one_expert() if self.capacity_factor >= 1 else None
