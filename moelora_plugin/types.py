@@ -126,14 +126,12 @@ class Gates:
         scaling: LoRA scale s.
         rescale: the exponent p of the gates in the experts' backward.
         scope: what x receives in the backward.
-        surrogate: (T, E): what A and B see in place of the gates, where that is not weights^p.
     """
 
     weights: torch.Tensor
     scaling: float
     rescale: GateRescale = "none"
     scope: GateRescaleScope = "weights"
-    surrogate: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

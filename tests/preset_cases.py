@@ -57,10 +57,10 @@ def needed(name: str) -> dict[str, Any]:
 
 
 @functools.cache
-def adapter(seed: int, *rows: int) -> str:
+def adapter(seed: int, *rows: int, noise: float = 0.1) -> str:
     """Folder of a LoRA of rank 4 for the tiny base, which has learned these rows of the task.
 
-    Without rows it is random. The folder lives as long as the run.
+    Without rows it is random, of this strength. The folder lives as long as the run.
     """
     model = base()
     torch.manual_seed(seed)
@@ -73,7 +73,7 @@ def adapter(seed: int, *rows: int) -> str:
         optimizer.zero_grad()
     for name, parameter in model.named_parameters():
         if "lora_B" in name and not rows:
-            nn.init.normal_(parameter, std=0.3)
+            nn.init.normal_(parameter, std=noise)
     folder = tempfile.mkdtemp(prefix="moelora-adapter-")
     model.save_pretrained(folder)
     return folder
@@ -82,7 +82,7 @@ def adapter(seed: int, *rows: int) -> str:
 def adapters(name: str) -> list[str]:
     """Three LoRAs between which, or between whose weights, the task decides."""
     if PRESETS[name].merge == "exact":  # one weight for all inputs: one that can do it all
-        return [adapter(0, *range(8)), adapter(1), adapter(2)]
+        return [adapter(0, *range(8)), adapter(1, noise=0.3), adapter(2, noise=0.3)]
     return [adapter(0, *range(4)), adapter(1, *range(4, 8)), adapter(2)]
 
 
@@ -115,10 +115,11 @@ def config_of(name: str, **overrides: Any) -> MoeLoraConfig:
 def adapted(name: str, seed: int = 0, **overrides: Any) -> PeftModel:
     """A tiny model with the preset, on attention where the preset names no targets."""
     targets = PRESETS[name].overrides.get("target_modules", ATTENTION)
+    fields = {"target_modules": targets, **SMALLER.get(name, {}), **overrides}
+    config = config_of(name, **fields)  # may train adapters, which draws random numbers
     model = base()
     torch.manual_seed(seed)
-    fields = {"target_modules": targets, **SMALLER.get(name, {}), **overrides}
-    return get_peft_model(model, config_of(name, **fields))
+    return get_peft_model(model, config)
 
 
 def grown(name: str, seed: int = 0, **overrides: Any) -> PeftModel:

@@ -281,7 +281,7 @@ class BlockGates(GateSource):
 
     block: MoeLoraBlock
 
-    def gates(self, linear: MoeLoraLinear, adapter: str, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def gates(self, linear: MoeLoraLinear, adapter: str, x: Tensor) -> Tensor:
         """One-hot: each row belongs to one expert."""
         one_hot_PE = self.block.pass_of(linear, adapter).dispatch.one_hot_PE
         rows = x.numel() // max(x.shape[-1], 1)
@@ -291,7 +291,7 @@ class BlockGates(GateSource):
                 f"out {len(one_hot_PE)}; it mixes tokens or routes them itself, so set site to "
                 "'linear' or leave it out of target_modules."
             )
-        return one_hot_PE, None
+        return one_hot_PE
 
     def base_output(self, linear: MoeLoraLinear, x: Tensor) -> Tensor | None:
         """The base on every token once, where the linear reads the block's input as it is."""

@@ -74,8 +74,8 @@ class Mixture:
 class GateSource:
     """Gates of a linear that come from elsewhere: from its block, its layer or the model."""
 
-    def gates(self, linear: MoeLoraLinear, adapter: str, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The gates (T, E) of this linear's experts for x (..., in); their surrogate or None."""
+    def gates(self, linear: MoeLoraLinear, adapter: str, x: Tensor) -> Tensor:
+        """The gates (T, E) of this linear's experts for x (..., in)."""
         raise NotImplementedError
 
     def routing(self, linear: MoeLoraLinear, adapter: str) -> Routing | None:
@@ -112,10 +112,10 @@ class GateSource:
 class AlwaysOn(GateSource):
     """Gate 1 for the one expert of a linear: plain LoRA, without a router."""
 
-    def gates(self, linear: MoeLoraLinear, adapter: str, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def gates(self, linear: MoeLoraLinear, adapter: str, x: Tensor) -> Tensor:
         """Ones."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        return x.new_ones(x.numel() // x.shape[-1], 1, dtype=dtype), None
+        return x.new_ones(x.numel() // x.shape[-1], 1, dtype=dtype)
 
     def fixed_weights(self, linear: MoeLoraLinear, adapter: str) -> Tensor | None:
         """One."""
@@ -311,20 +311,18 @@ class MoeLoraLinear(RoutedLayer):
         x = self._cast_input_dtype(x, next(iter(tensors.values())).dtype)
         x_TI = x.reshape(-1, self.in_features)
         source = self.moelora_gate_source.get(adapter)
-        surrogate_TE: Tensor | None = None
         routing: Routing | None
         if source is None:
             routing = self.route(x, adapter, tensors.get("A"))
             weights_TE = routing.weights
         else:
-            weights_TE, surrogate_TE = source.gates(self, adapter, x)
+            weights_TE = source.gates(self, adapter, x)
             routing = source.routing(self, adapter)
         gates = Gates(
             _with_universal(weights_TE, mixture.universal),
             mixture.scaling,
             self.moelora_gate_rescale[adapter],
             mixture.scope,
-            surrogate_TE,
         )
         inputs = ExpertInput(
             self.moelora_dropout[adapter](x_TI),

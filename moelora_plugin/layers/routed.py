@@ -103,6 +103,11 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
             in_features,
             plan,
         )
+        if "balance_bias" in config.router_modifiers and not self._router(adapter).by_preference:
+            raise ConfigError(
+                f"router_modifiers['balance_bias'] acts on routers that select the best experts, "
+                f"which router={config.router!r} does not; take it out, or set router to 'topk'."
+            )
         self.moelora_modifiers[adapter] = RouterModifiers(
             [
                 lookup("router_modifiers", name, MODIFIERS)(value, plan)
@@ -181,6 +186,8 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
     def fixed_weights(self, adapter: str) -> Tensor | None:
         """The gates (E,) where they ignore the input, so that a merge is exact; else None."""
         router, score = self._router(adapter), self._score(adapter)
+        if self._modifiers(adapter).mixes_rows:  # a capacity closes gates by what else is there
+            return None
         weights_E = router.fixed_weights()
         if weights_E is not None:
             return weights_E

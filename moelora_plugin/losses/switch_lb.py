@@ -29,10 +29,14 @@ def switch_lb(inputs: LossInput, *, share: str = "tokens") -> Tensor:
     known = ("tokens", "selections")
     require_option(share in known, "switch_lb.share", share, " or ".join(map(repr, known)))
     routing, real_T = inputs.routing, inputs.real
+    probs_TE = routing.probs
+    if "threshold" in routing.extras:
+        # AdaMoLE's loss sees what lies above its learned threshold, which it so balances as well.
+        probs_TE = probs_TE - routing.extras["threshold"].unsqueeze(-1)
     selected_TE = (routing.weights > 0).to(routing.probs.dtype)
     share_E = mean_over_tokens(selected_TE, real_T)
     if share == "selections":
         # A mean over tokens of at least one selection each; 0 only where all tokens are padding.
         total = share_E.sum()
         share_E = share_E / total.where(total > 0, total.new_ones(()))
-    return routing.probs.shape[-1] * (share_E * mean_over_tokens(routing.probs, real_T)).sum()
+    return probs_TE.shape[-1] * (share_E * mean_over_tokens(probs_TE, real_T)).sum()

@@ -39,8 +39,8 @@ def rescaled_mixture(
     """A mixture whose tensors see g^p in place of g in the backward.
 
     Value, the gates' gradient and (scope "weights") that of the inputs are the mixture's own. The
-    tensors receive the gradient of the mixture that has c = g^p for gates (or `gates.surrogate`),
-    and under scope "output" so do the inputs:
+    tensors receive the gradient of the mixture that has c = g^p for gates, and under scope "output"
+    so do the inputs:
 
         mixture(inputs, stop(tensors), g) + [live - stop(live)]
         live = mixture(stop(inputs), tensors, c)           (scope "output": inputs for stop(inputs))
@@ -61,13 +61,10 @@ def rescaled_mixture(
         further_gates: the kind's own gates, which get the same exponent.
     """
     weights = [gates.weights, *further_gates]
-    ordinary = gates.rescale == "none" and gates.surrogate is None
-    if ordinary or not torch.is_grad_enabled():
+    if gates.rescale == "none" or not torch.is_grad_enabled():
         return mixture(inputs, tensors, weights)
     stopped = {name: tensor.detach() for name, tensor in tensors.items()}
     surrogates = [surrogate_gates(weight.detach(), gates.rescale) for weight in weights]
-    if gates.surrogate is not None:
-        surrogates[0] = gates.surrogate.detach()
     if gates.scope == "output":
         value = mixture(_stop(inputs), stopped, weights)
         live = mixture(inputs, tensors, surrogates)

@@ -37,8 +37,7 @@ def rank_gated(
         gates: the weights (T, E), zero for experts that were not selected, in any floating dtype,
             fp32 or wider advised; the scale s, which as in PEFT's LoRA multiplies the (T, O)
             product, so that one expert with gate 1 is LoRA bit for bit; the exponent, where an
-            expert whose gate underflowed to 0 counts as not selected; its scope; and a surrogate
-            (T, E) to take the place of g^p.
+            expert whose gate underflowed to 0 counts as not selected; and its scope.
         expert_of_rank_R: the expert that owns each rank (R,), needed only where the experts' ranks
             differ, which they cannot where a factor is shared.
         shared: which factor the experts share.
@@ -57,7 +56,6 @@ def rank_gated(
         a,
         b,
         gates.weights,
-        gates.surrogate,
         gates.scaling,
         gates.rescale,
         gates.scope,
@@ -83,7 +81,6 @@ class _RankGated(torch.autograd.Function):
         a: Tensor,
         b: Tensor,
         weights_TE: Tensor,
-        surrogate_TE: Tensor | None,
         scaling: float,
         gate_rescale: GateRescale,
         gate_rescale_scope: GateRescaleScope,
@@ -91,7 +88,7 @@ class _RankGated(torch.autograd.Function):
         shared: Shared,
     ) -> Tensor:
         z = torch.nn.functional.linear(x_TI, a)
-        ctx.save_for_backward(x_TI, a, b, weights_TE, surrogate_TE, z, expert_of_rank_R)
+        ctx.save_for_backward(x_TI, a, b, weights_TE, z, expert_of_rank_R)
         ctx.scaling = scaling
         ctx.gate_rescale = gate_rescale
         ctx.gate_rescale_scope = gate_rescale_scope
@@ -102,13 +99,12 @@ class _RankGated(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
-        x_TI, a, b, weights_TE, surrogate_TE, z, owners_R = ctx.saved_tensors
+        x_TI, a, b, weights_TE, z, owners_R = ctx.saved_tensors
         needs_x, needs_a, needs_b, needs_gates = ctx.needs_input_grad[:4]
         shared = ctx.shared
         # The gating's adjoint sums where the gating spreads, and the other way round.
         adjoint = _ADJOINT[shared]
-        if surrogate_TE is None:
-            surrogate_TE = surrogate_gates(weights_TE, ctx.gate_rescale)
+        surrogate_TE = surrogate_gates(weights_TE, ctx.gate_rescale)
 
         scaled_TO = grad_TO * ctx.scaling
         grad_h = scaled_TO @ b  # gradient of the gated z, before any gate
@@ -126,7 +122,7 @@ class _RankGated(torch.autograd.Function):
                 grad_x = _gate_ranks(grad_h, weights_TE, owners_R, adjoint) @ a
         if needs_gates:
             grad_gates = _sum_ranks(grad_h, z, weights_TE, owners_R, shared)
-        return grad_x, grad_a, grad_b, grad_gates, None, None, None, None, None, None
+        return grad_x, grad_a, grad_b, grad_gates, None, None, None, None, None
 
 
 def _gate_ranks(

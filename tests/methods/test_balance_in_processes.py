@@ -59,7 +59,8 @@ def route_in_process(store: str, process: int) -> None:
 def test_balance_bias_is_one_over_all_processes(tmp_path):
     """The same as one process that routes the rows of both."""
     command = [sys.executable, __file__, str(tmp_path / "store")]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    paths = [str(Path(__file__).parents[1]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     processes = [
         subprocess.Popen([*command, str(process)], stdout=subprocess.PIPE, env=environment)
         for process in (0, 1)

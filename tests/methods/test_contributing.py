@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
 import re
 import sys
 import types
@@ -14,8 +16,28 @@ from preset_cases import adapted, grown, toy_batch
 from moelora_plugin import MoeLoraConfig
 from moelora_plugin.errors import ConfigError
 from moelora_plugin.routers import ROUTERS
+from moelora_plugin.routers.modifiers import MODIFIERS
 from moelora_plugin.types import LayerPlan, Rows
 
+
+def contracts():
+    """The functions that `test_router_contracts.py` runs over every router."""
+    file = Path(__file__).with_name("test_router_contracts.py")
+    spec = importlib.util.spec_from_file_location("router_contracts", file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclasses look themselves up
+    spec.loader.exec_module(module)
+    return module
+
+
+ROUTER_CONTRACTS = contracts()
+OF_A_CASE = [
+    function
+    for name, function in vars(ROUTER_CONTRACTS).items()
+    if name.startswith("test_") and list(inspect.signature(function).parameters) == ["case"]
+]
+# Once for each router: compiling takes its time.
+COMPILES = ("test_it_compiles_to_one_graph",)
 TEXT = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
 FILE, LINE = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
 
@@ -23,7 +45,7 @@ FILE, LINE = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
 @pytest.fixture
 def min_p(monkeypatch):
     """The router, registered by the example's own line."""
-    module = types.ModuleType("min_p_of_contributing")
+    module = types.ModuleType("moelora_plugin.routers.min_p")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     exec(compile(FILE, "CONTRIBUTING.md", "exec"), module.__dict__)
     monkeypatch.setattr("moelora_plugin.routers.ROUTERS", ROUTERS)
@@ -56,3 +78,23 @@ def test_it_goes_by_its_dotted_path(min_p):
     by_name, by_path = (grown("moe_lora", router=name).eval() for name in ("min_p", path))
     with torch.no_grad():
         assert torch.equal(by_name(**toy_batch()).logits, by_path(**toy_batch()).logits)
+
+
+@pytest.mark.parametrize("contract", OF_A_CASE, ids=lambda function: function.__name__)
+def test_the_contracts_of_every_router_hold_for_it(min_p, contract):
+    case = ROUTER_CONTRACTS.Case
+    contract(case("min_p"))
+    contract(case("min_p", {"ratio": 0.1}))
+    if contract.__name__ not in COMPILES:
+        for name, modifier in MODIFIERS.items():
+            if name != "balance_bias":  # it acts on routers that rank experts
+                contract(case("min_p", {}, {name: modifier.example}))
+
+
+def test_its_options_are_held_to_the_contracts_too(min_p):
+    ROUTER_CONTRACTS.test_options_are_keyword_only_and_an_unknown_one_is_named("min_p")
+    ROUTER_CONTRACTS.test_every_router_says_what_it_is("min_p")
+
+
+def test_the_contracts_are_found():
+    assert len(OF_A_CASE) >= 14

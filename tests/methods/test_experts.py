@@ -158,33 +158,6 @@ def test_a_tree_equals_its_recursion(children, fan_out, activation, rescale, sco
     assert_same(fast, slow, {"x": inputs.x, "gates": weights, **tensors})
 
 
-@pytest.mark.parametrize("name", EXPERTS)
-def test_a_surrogate_takes_the_place_of_the_power(name):
-    """`Gates.surrogate` set to sqrt(g) is `sqrt`, and set to something else is something else."""
-    torch.manual_seed(0)
-    kind = EXPERTS[name](plan_of(rank=1), D_IN, D_OUT)
-    tensors = {n: t.requires_grad_() for n, t in drawn(kind).items()}
-    inputs, weights = some_inputs(), some_gates()
-    inputs.x.requires_grad_()
-    leaves = {"x": inputs.x, **tensors}
-    # The kind's own gates, where it has any, follow `rescale` in both.
-    for scope in ("weights", "output"):
-        ordinary = kind.update(tensors, inputs, Gates(weights, S, "sqrt", scope))
-        given = kind.update(tensors, inputs, Gates(weights, S, "sqrt", scope, weights.sqrt()))
-        other = kind.update(tensors, inputs, Gates(weights, S, "sqrt", scope, weights * 3))
-        assert torch.equal(ordinary, given)
-        assert torch.equal(ordinary, other)
-        upstream = torch.randn_like(ordinary)
-        grads = [gradients(o, upstream, leaves) for o in (ordinary, given, other)]
-        learning = [n for n in kind.shapes() if not n.startswith(("gate", "keys", "condition"))]
-        for leaf in leaves:
-            if grads[0][leaf] is None:
-                continue
-            torch.testing.assert_close(grads[0][leaf], grads[1][leaf], **CLOSE)
-            if leaf in learning:
-                assert not torch.allclose(grads[0][leaf], grads[2][leaf]), leaf
-
-
 def test_gradcheck_of_every_kind():
     """The ordinary gradient by finite differences, which know nothing of our formulas."""
     for name in EXPERTS:

@@ -175,7 +175,7 @@ def test_a_randomised_svd_finds_the_largest_components():
         torch.testing.assert_close(b @ a, b2 @ a2, rtol=1e-4, atol=1e-5)  # float32, sign-free
 
 
-@pytest.mark.parametrize("name", INITIALIZATIONS.keys() - {"adapters"})
+@pytest.mark.parametrize("name", sorted(INITIALIZATIONS.keys() - {"adapters"}))
 def test_the_base_s_weights_stay_and_disabling_gives_the_base(name):
     base = tiny_llama(vocab_size=64)
     before = {key: value.clone() for key, value in base.state_dict().items()}
@@ -188,7 +188,7 @@ def test_the_base_s_weights_stay_and_disabling_gives_the_base(name):
     assert all(torch.equal(after[key], value) for key, value in before.items())
 
 
-@pytest.mark.parametrize("name", INITIALIZATIONS.keys() - {"adapters"})
+@pytest.mark.parametrize("name", sorted(INITIALIZATIONS.keys() - {"adapters"}))
 @pytest.mark.parametrize(("low_cpu_mem_usage", "is_trainable"), [(False, False), (True, True)])
 def test_save_and_load_are_bitwise(tmp_path, name, low_cpu_mem_usage, is_trainable):
     config = config_for(name, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")

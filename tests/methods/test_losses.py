@@ -360,3 +360,16 @@ def test_an_option_out_of_range_is_refused_by_its_name(name, options, key):
 def test_a_loss_names_what_it_lacks(name, named):
     with pytest.raises(ConfigError, match=named):
         LOSSES[name](LossInput(routing_of([[0.5, 0.5]])))
+
+
+def test_switch_balance_sees_what_lies_above_a_learned_threshold():
+    """AdaMoLE: two tokens that select expert 0 and one that selects expert 1; t is 0.2."""
+    probs = torch.tensor([[0.7, 0.3], [0.9, 0.1], [0.4, 0.6]], dtype=torch.double)
+    weights = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]], dtype=torch.double)
+    threshold = torch.full((3,), 0.2, dtype=torch.double, requires_grad=True)
+    routing = Routing(probs.log(), probs, weights, extras={"threshold": threshold})
+    value = LOSSES["switch_lb"](LossInput(routing))
+    # 2 * (2/3 * (2.0 - 0.6) / 3 + 1/3 * (1.0 - 0.6) / 3)
+    torch.testing.assert_close(value.item(), 3.2 / 4.5)
+    value.backward()
+    assert (threshold.grad < 0).all()

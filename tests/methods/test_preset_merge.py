@@ -23,6 +23,7 @@ def logits(model, **ids) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", EXACT)
 def test_merged_it_gives_the_same_logits_without_the_adapter(name):
+    assert bool(ids_of(name)) == (PRESETS[name].merge == "per task")
     model = grown(name).double().eval()
     with for_one_id(name, model):
         expected = logits(model)

@@ -9,7 +9,6 @@ import torch
 
 from moelora_plugin.ops.rank_gated import rank_gated
 from moelora_plugin.ops.reference import (
-    lora_terms,
     moe_lora_loop,
     shared_a_terms,
     shared_b_terms,
@@ -243,34 +242,3 @@ def test_no_tokens_give_an_empty_update_and_zero_gradients(shared):
     assert out.shape == (0, 6)
     grads = torch.autograd.grad(out.sum(), leaves)
     assert all(torch.count_nonzero(grad) == 0 for grad in grads)
-
-
-# A surrogate given with the gates
-
-
-@pytest.mark.parametrize("scope", ["weights", "output"])
-@pytest.mark.parametrize("ranks", [(2, 2, 2), (1, 3, 2)])
-def test_a_given_surrogate_takes_the_place_of_the_gates_in_the_experts_backward(ranks, scope):
-    """A and B get the gradient of the mixture that has the surrogate for gates; so may x."""
-    (x, a, b, weights), upstream = inputs((7, 12, 10, ranks), 2, torch.float64)
-    surrogate = torch.rand_like(weights)
-    owners = torch.tensor([e for e, rank in enumerate(ranks) for _ in range(rank)])
-    owners = None if len(set(ranks)) == 1 else owners
-
-    def mixture(gates):
-        out = rank_gated(x, a, b, gates, owners)
-        return out, torch.autograd.grad(out, [x, a, b], upstream, retain_graph=True)
-
-    true, (true_x, _, _) = mixture(Gates(weights, 1.7))
-    _, (other_x, other_a, other_b) = mixture(Gates(surrogate, 1.7))
-    out, (grad_x, grad_a, grad_b) = mixture(Gates(weights, 1.7, "exact", scope, surrogate))
-    assert torch.equal(out, true)
-    assert torch.equal(grad_a, other_a)
-    assert torch.equal(grad_b, other_b)
-    assert torch.equal(grad_x, true_x if scope == "weights" else other_x)
-    terms = lora_terms(weights, ranks, 1.7)
-    slow = sum_of_terms(terms, x, torch.zeros_like(out), {"A": a, "B": b})
-    (expected,) = torch.autograd.grad(slow, weights, upstream)
-    (found,) = torch.autograd.grad(out, weights, upstream)
-    # As in the comparisons above.
-    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)

@@ -139,7 +139,7 @@ class LayerGates(GateSource):
     decision: LayerDecision
     column: int
 
-    def gates(self, linear: MoeLoraLinear, adapter: str, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def gates(self, linear: MoeLoraLinear, adapter: str, x: Tensor) -> Tensor:
         """This module's column (T, 1); the owner decides anew.
 
         Raises:
@@ -162,7 +162,7 @@ class LayerGates(GateSource):
                 f"A target module of site 'layer' got {tokens} tokens, but {decision.name}, which "
                 f"decides for its layer, {len(weights_TE)}; leave it out by exclude_modules."
             )
-        return weights_TE[:, self.column : self.column + 1], None
+        return weights_TE[:, self.column : self.column + 1]
 
     def routing(self, linear: MoeLoraLinear, adapter: str) -> Routing | None:
         """The owner enters the losses."""

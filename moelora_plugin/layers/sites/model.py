@@ -45,8 +45,8 @@ class ModelSite(Site):
     training (as PEFT's does). The router's parameters belong to the first target module and are
     saved with it. Auxiliary losses enter once, over all decisions of the call together.
 
-    Activation checkpointing needs `use_reentrant=False` (the default of transformers 5.23), since the
-    reentrant kind cannot take gradients to a tensor that all its regions share.
+    Activation checkpointing needs `use_reentrant=False` (the default of transformers 5.23), since
+    the reentrant kind cannot take gradients to a tensor that all its regions share.
 
     Args:
         config: the adapter's.
@@ -251,7 +251,7 @@ class _ModelGates(GateSource):
         self.passes = passes
         self.index = index
 
-    def gates(self, linear: MoeLoraLinear, adapter: str, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def gates(self, linear: MoeLoraLinear, adapter: str, x: Tensor) -> Tensor:
         """The router's for each token, in a first pass the same for all.
 
         Raises:
@@ -262,7 +262,7 @@ class _ModelGates(GateSource):
         if routing is None:
             dtype = torch.promote_types(x.dtype, torch.float32)
             shape = (tokens, passes.num_experts)
-            return x.new_full(shape, passes.scaling_pass_value, dtype=dtype), None
+            return x.new_full(shape, passes.scaling_pass_value, dtype=dtype)
         if passes.layers:
             index = torch.arange(self.index, len(routing.weights), passes.layers)
             routing = routing.rows(index.to(routing.weights.device))
@@ -273,7 +273,7 @@ class _ModelGates(GateSource):
                 f"site='model' decides about the model's {len(routing.weights)} tokens, but a "
                 f"target module sees {tokens}; take it out of target_modules."
             )
-        return routing.weights.to(x.device), None
+        return routing.weights.to(x.device)
 
     def fixed_weights(self, linear: MoeLoraLinear, adapter: str) -> Tensor | None:
         """The router's, where all linears share them."""
