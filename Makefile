@@ -13,7 +13,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 DEMO_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-hosts test-data lint format type imports check wheel bench clean
+.PHONY: help install demo test test-slow test-hosts test-data methods-table lint format type imports check wheel bench clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
@@ -54,6 +54,9 @@ test-data: $(INSTALLED)  ## Run the checks on real rows (MOELORA_DATA_DIR=folder
 lint: $(INSTALLED)  ## Check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+methods-table: $(INSTALLED)  ## Write the generated parts of docs/methods.md anew
+	$(BIN)/python docs/generate_methods.py
 
 format: $(INSTALLED)  ## Mend style and formatting
 	$(BIN)/ruff check --fix .

@@ -163,9 +163,24 @@ class MoeLoraModel(BaseTuner):
             if not block.moelora_router:
                 block.remove_from(ffn)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        """PEFT's own, which would stop half-way at a layer that cannot be merged."""
+        self._refuse_partial_merge(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
         """PEFT's own, which leaves alone what replaces no module."""
-        super()._unload_and_optionally_merge(*args, **kwargs)
+        if merge:
+            self._refuse_partial_merge(adapter_names)
+        super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         for ffn, block in blocks_of(self.model):
             block.remove_from(ffn)
         # Our hooks would take the ids of an adapter that is added next. By owner, since a copy of
@@ -174,6 +189,17 @@ class MoeLoraModel(BaseTuner):
             for key in [k for k, hook in hooks.items() if _owner(hook) is self.shared.call]:
                 del hooks[key]
         return self.model
+
+    def _refuse_partial_merge(self, adapter_names: list[str] | None) -> None:
+        """Ask every layer before the first is touched.
+
+        Raises:
+            ExportError: a layer cannot be merged.
+        """
+        for layer in moelora_layers(self.model).values():
+            for adapter in adapter_names or layer.active_adapters:
+                if adapter in layer.moelora_mixture and adapter not in layer.merged_adapters:
+                    layer.refuse_merge(adapter)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """PEFT's own casts parameters; frozen experts and offsets meet those in products."""

@@ -400,6 +400,21 @@ class MoeLoraLinear(RoutedLayer):
             self.merged_adapters.append(adapter)
             self._merged_gates[adapter] = weights_E
 
+    def refuse_merge(self, adapter: str) -> None:
+        """Say whether `merge` would work, without touching the base weight.
+
+        Raises:
+            ExportError: the gates follow the input, the experts are no update of the weight, or the
+                base weight is quantised.
+        """
+        self._base_weight()
+        weights_E = self._fixed_gates(adapter)
+        mixture, tensors = self.moelora_mixture[adapter], self.tensors(adapter)
+        # On the meta device: what raises does so without a product.
+        empty = {name: tensor.detach().to("meta") for name, tensor in tensors.items()}
+        weights_E = _with_universal(weights_E.detach().to("meta"), mixture.universal)
+        mixture.experts.static_update(empty, weights_E, mixture.scaling)
+
     def unmerge(self) -> None:
         """Take every merged adapter out of the base weight again (up to rounding)."""
         if not self.merged:

@@ -194,7 +194,15 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         rows = self.moelora_input[adapter].fixed_rows(self.shared.call.call)
         if rows is None or score.reads_input or router.reads_input:
             return None
-        routing: Routing = router(rows, score, self._modifiers(adapter))
+        modules = (router, score, self._modifiers(adapter))
+        modes = [module.training for module in modules]
+        try:
+            for module in modules:
+                module.eval()  # noise of training has no place in a merge
+            routing: Routing = router(rows, score, self._modifiers(adapter))
+        finally:
+            for module, mode in zip(modules, modes, strict=True):
+                module.train(mode)
         return routing.weights[0]
 
     def router_weights(self, adapter: str = "default") -> Tensor:
