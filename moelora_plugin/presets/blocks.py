@@ -32,6 +32,7 @@ BLOCKS: dict[str, Preset] = {
         },
         title=_TITLE,
         numbers="the paper and its code: 8 experts, k 2, r 16, alpha 32, loss 1e-3",
+        merge="no",
         optimizer=_RATE,
     ),
     "mixlora_dynamic": Preset(
@@ -48,6 +49,7 @@ BLOCKS: dict[str, Preset] = {
         },
         title=_TITLE,
         numbers="MoE-PEFT's code: p 0.8, gates not renormalised",
+        merge="no",
         optimizer=_RATE,
     ),
     "mixlora_switch": Preset(
@@ -65,6 +67,7 @@ BLOCKS: dict[str, Preset] = {
         },
         title=_TITLE,
         numbers="MoE-PEFT's code: capacity 32 in a sequence, jitter 0.01, router N(0, 1)",
+        merge="no",
         omits=(
             "At inference the code returns the block's input instead of its output; that is a bug "
             "and is not copied.",
@@ -89,6 +92,7 @@ BLOCKS: dict[str, Preset] = {
         },
         title="LLaVA-MoLE: Sparse Mixture of LoRA Experts for Mitigating Data Conflicts",
         numbers="the released checkpoint: 3 experts, r 32; alpha and the loss's weight are ours",
+        merge="no",
         omits=("Training code is not public; the paper's LoRA on attention is left out.",),
     ),
 }

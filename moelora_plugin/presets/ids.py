@@ -142,6 +142,7 @@ IDS: dict[str, Preset] = {
         },
         title="Multimodal Instruction Tuning with Conditional Mixture of LoRA",
         numbers="the authors' script: alpha 2 E over r, here top_k; 16 factors and r 4 are ours",
+        merge="no",
         omits=(
             "The factors of B are selected token by token; the paper selects both by sequence.",
             "Selected factors keep their gates, without which the router has no gradient.",

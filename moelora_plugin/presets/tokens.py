@@ -277,7 +277,7 @@ TOKENS: dict[str, Preset] = {
         title="Pushing Mixture of Experts to the Limit: Extremely Parameter Efficient MoE",
         numbers="the paper: 10 vectors (the config file has 30); router N(0, 0.02)",
         omits=("The vectors scale a module's output, so up_proj's, not the activation's product.",),
-        merge="mean-gate",
+        merge="no",
         optimizer="the authors' config: Adafactor, 3e-4",
     ),
     "moa": Preset(

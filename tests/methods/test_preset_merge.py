@@ -10,7 +10,8 @@ from preset_cases import for_one_id, grown, ids_of, toy_batch
 
 from moelora_plugin import PRESETS
 from moelora_plugin.errors import ExportError
-from moelora_plugin.layers import MoeLoraLinear
+from moelora_plugin.layers import MoeLoraLinear, RoutedLayer
+from moelora_plugin.model import moelora_layers
 
 EXACT = [name for name, preset in PRESETS.items() if preset.merge in ("exact", "per task")]
 REFUSED = [name for name in PRESETS if name not in EXACT]
@@ -52,3 +53,28 @@ def test_what_follows_the_input_is_refused(name):
     with pytest.raises(ExportError):
         model.merge_and_unload()
     assert torch.equal(logits(model), expected)  # nothing was touched
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_fixed_gates_fold_where_it_says_mean_gate(name):
+    """What `moelora export --strategy mean-gate` asks of each layer."""
+    model = grown(name).eval()
+
+    def uniform(layer: RoutedLayer) -> torch.Tensor:
+        experts = layer.moelora_router["default"].plan.num_experts
+        return torch.full((experts,), 1 / experts)
+
+    def fold() -> None:
+        for layer in moelora_layers(model).values():
+            source = layer.moelora_gate_source.get("default")
+            if source is None:
+                gates = uniform(layer)
+            else:
+                gates = source.mean_weights(layer, "default", uniform)
+            layer.static_update(weights_E=gates)
+
+    if PRESETS[name].merge == "mean-gate":
+        fold()
+    else:
+        with pytest.raises(ExportError):
+            fold()
