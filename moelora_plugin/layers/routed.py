@@ -194,7 +194,7 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         rows = self.moelora_input[adapter].fixed_rows(self.shared.call.call)
         if rows is None or score.reads_input or router.reads_input:
             return None
-        modules = (router, score, self._modifiers(adapter))
+        modules: tuple[nn.Module, ...] = (router, score, self._modifiers(adapter))
         modes = [module.training for module in modules]
         try:
             for module in modules:
