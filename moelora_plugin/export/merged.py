@@ -67,8 +67,10 @@ def merge_mean_gate(
     exactly.
 
     Raises:
-        ExportError: gates are NaN or infinite, or the experts are whole blocks.
+        ExportError: gates are NaN or infinite, or the experts do not fold into weights whatever the
+            gates are.
     """
+    _refuse_unfoldable(model)
     batches = [
         tokenizer(text, return_tensors="pt", truncation=True, max_length=CALIBRATION_TOKENS)
         for text in texts
@@ -109,6 +111,17 @@ def calibration_texts(tasks: Sequence[str], data_dir: str | None) -> list[str]:
             prompt = render(task, doc)
             texts.append(prompt.context + prompt.choices[prompt.gold])
     return texts
+
+
+def _refuse_unfoldable(model: PeftModel) -> None:
+    """Ask every layer with some gates, before minutes are spent on finding the right ones."""
+
+    def uniform(layer: RoutedLayer) -> Tensor:
+        experts = layer.experts_decided_about("default")
+        return torch.full((experts,), 1 / experts)
+
+    for layer in moelora_layers(model).values():
+        layer.refuse_merge("default", layer.mean_weights(uniform))
 
 
 def _mean_gates(model: PeftModel, statistics: RoutingStatistics) -> dict[str, Tensor]:

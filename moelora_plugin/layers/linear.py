@@ -400,15 +400,19 @@ class MoeLoraLinear(RoutedLayer):
             self.merged_adapters.append(adapter)
             self._merged_gates[adapter] = weights_E
 
-    def refuse_merge(self, adapter: str) -> None:
+    def refuse_merge(self, adapter: str, weights_E: Tensor | None = None) -> None:
         """Say whether `merge` would work, without touching the base weight.
+
+        Args:
+            adapter: whose experts.
+            weights_E: gates (E,) to fold with; the router's own where it ignores the input.
 
         Raises:
             ExportError: the gates follow the input, the experts are no update of the weight, or the
                 base weight is quantised.
         """
         self._base_weight()
-        weights_E = self._fixed_gates(adapter)
+        weights_E = self._fixed_gates(adapter) if weights_E is None else weights_E
         mixture, tensors = self.moelora_mixture[adapter], self.tensors(adapter)
         # On the meta device: what raises does so without a product.
         empty = {name: tensor.detach().to("meta") for name, tensor in tensors.items()}

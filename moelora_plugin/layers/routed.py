@@ -205,6 +205,10 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
                 module.train(mode)
         return routing.weights[0]
 
+    def experts_decided_about(self, adapter: str = "default") -> int:
+        """E of this layer's own router."""
+        return self._router(adapter).plan.num_experts
+
     def router_weights(self, adapter: str = "default") -> Tensor:
         """The gate (E, in): a writable view without gradient.
 

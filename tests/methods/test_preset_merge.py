@@ -7,11 +7,12 @@ import copy
 import pytest
 import torch
 from preset_cases import for_one_id, grown, ids_of, toy_batch
+from transformers import BatchEncoding
 
 from moelora_plugin import PRESETS
 from moelora_plugin.errors import ExportError
-from moelora_plugin.layers import MoeLoraLinear, RoutedLayer
-from moelora_plugin.model import moelora_layers
+from moelora_plugin.export.merged import merge_mean_gate
+from moelora_plugin.layers import MoeLoraLinear
 
 EXACT = [name for name, preset in PRESETS.items() if preset.merge in ("exact", "per task")]
 REFUSED = [name for name in PRESETS if name not in EXACT]
@@ -55,26 +56,16 @@ def test_what_follows_the_input_is_refused(name):
     assert torch.equal(logits(model), expected)  # nothing was touched
 
 
+def numbers(text: str, **_: object) -> BatchEncoding:
+    """A tokenizer for a model whose words are numbers."""
+    return BatchEncoding({"input_ids": torch.tensor([[int(word) for word in text.split()]])})
+
+
 @pytest.mark.parametrize("name", REFUSED)
-def test_fixed_gates_fold_where_it_says_mean_gate(name):
-    """What `moelora export --strategy mean-gate` asks of each layer."""
+def test_mean_gates_fold_where_it_says_so_and_are_refused_before_any_text_is_read(name):
     model = grown(name).eval()
-
-    def uniform(layer: RoutedLayer) -> torch.Tensor:
-        experts = layer.moelora_router["default"].plan.num_experts
-        return torch.full((experts,), 1 / experts)
-
-    def fold() -> None:
-        for layer in moelora_layers(model).values():
-            source = layer.moelora_gate_source.get("default")
-            if source is None:
-                gates = uniform(layer)
-            else:
-                gates = source.mean_weights(layer, "default", uniform)
-            layer.static_update(weights_E=gates)
-
     if PRESETS[name].merge == "mean-gate":
-        fold()
+        merge_mean_gate(model, numbers, ["3 4 5 6", "7 3 8"])
     else:
         with pytest.raises(ExportError):
-            fold()
+            merge_mean_gate(model, None, None)
