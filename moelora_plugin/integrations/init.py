@@ -27,6 +27,8 @@ SHORT_PRESETS = {"gr": "gr_moe_lora", "r": "r_moe_lora"}
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _SAMPLE = Path(__file__).parents[1] / "demo" / "data" / "sst2_sample_train.jsonl"
+# The paper whose gate learning rate all but freezes the routers; other methods train theirs.
+_PAPER = "2502.15828"
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 _ROWS_FILE = "train.jsonl"
@@ -153,6 +155,7 @@ def write_config(
         "model": Path(model).absolute().as_posix() if Path(model).is_dir() else model,
         "preset": preset,
         "optimizer": optimizer_for(preset),
+        "gate_lr": gate_lr_for(preset),
         "data": _ROWS_FILE if data is None else Path(data).absolute().as_posix(),
         "output_dir": _OUTPUT,
         "target_modules": f"[{', '.join(modules)}]" if chosen.lists else ",".join(modules),
@@ -190,6 +193,16 @@ def optimizer_for(preset: str) -> str:
     overrides = lookup("presets", preset, PRESETS).overrides
     rescaled = overrides.get("gate_rescale") != "none" and overrides.get("num_experts") != 1
     return "gradamw" if rescaled else "radamw"
+
+
+def gate_lr_for(preset: str) -> str:
+    """The routers' learning rate: the paper's for its own presets, else that of the experts.
+
+    Raises:
+        ConfigError: there is no such preset.
+    """
+    is_paper_s = _PAPER in lookup("presets", preset, PRESETS).source
+    return "3.0e-8" if is_paper_s else "3.0e-5"
 
 
 def _target_modules(name: str) -> Sequence[str]:

@@ -77,6 +77,7 @@ IDS: dict[str, Preset] = {
         title="Combining Modular Skills in Multitask Learning",
         numbers="PEFT's defaults: 4 skills of rank 8, scale 1",
         merge="per task",
+        verified=("equal to PEFT's Poly on the same weights",),
         needs={"router_score_kwargs.num_ids": "how many tasks there are"},
         usage=_TASK,
     ),

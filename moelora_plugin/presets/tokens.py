@@ -177,7 +177,7 @@ TOKENS: dict[str, Preset] = {
             "lora_dropout": 0.1,
             "target_modules": "all-linear",
             "router": "sparsegen",
-            "aux_losses": {"switch_lb": 1.0},
+            "aux_losses": {"switch_lb": {"coefficient": 1.0, "share": "selections"}},
         },
         title="LD-MoLE: Learnable Dynamic Routing for Mixture of LoRA Experts",
         numbers="the authors' config and script: 8 experts, r 8, alpha 16, dropout 0.1, loss 1",

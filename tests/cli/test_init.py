@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -228,3 +229,14 @@ def test_the_shipped_sample_needs_no_heavy_library() -> None:
     command = [sys.executable, "-c", program, "init", "trl"]
     completed = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert completed.returncode == 0, completed.stderr
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize(("preset", "rate"), [("moe_lora", 3e-8), ("mola", 3e-5)])
+def test_the_routers_rate_is_the_paper_s_for_its_own_presets_only(
+    host: str, preset: str, rate: float
+) -> None:
+    written(host, "--preset", preset, "--out", "made")
+    text = "".join(Path("made", name).read_text("utf-8") for name in HOSTS[host].files)
+    (found,) = re.findall(r"gate_lr(?:=|: )([\d.e-]+)", text)
+    assert float(found) == rate

@@ -45,7 +45,7 @@ arguments = TrainingArguments(
     optim="${optimizer}",  # or rsgd, grsgd, radamw, gradamw
     # gate_lr is the routers' learning rate; the paper's 3e-8 all but freezes them. damping is added
     # to the metrics that precondition the experts' gradients.
-    optim_args="gate_lr=3e-8,damping=1e-6",
+    optim_args="gate_lr=$gate_lr,damping=1e-6",
     learning_rate=3e-5,  # the paper trains 3B models with 1e-5 to 3e-5
     adam_epsilon=1e-6,
     max_grad_norm=0.0,  # the paper clips the gates' gradient only, which the optimizer does
