@@ -81,7 +81,7 @@ class Score(nn.Module, ABC):
         if a is None or a.ndim != 2 or len(a) < total:
             raise ConfigError(
                 f"{type(self).__name__} compares the experts' own activations A_i x, and these "
-                "experts have no A each; set expert='lora', or another router_score."
+                "experts have no A each; set expert='lora' and site='linear', or another router_score."
             )
         return torch.split(torch.nn.functional.linear(x_NI, a[:total]), list(self.plan.ranks), -1)
 
@@ -89,6 +89,15 @@ class Score(nn.Module, ABC):
 def reset_linear(weight: Tensor) -> None:
     """`torch.nn.Linear`'s own initialisation of a weight (out, in)."""
     nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+
+
+def reset_maps(score: Score) -> None:
+    """Every map of a score as `torch.nn.Linear` draws its weight; biases are zero."""
+    for name, parameter in score.named_parameters():
+        if name.startswith("bias"):
+            nn.init.zeros_(parameter)
+        else:
+            reset_linear(parameter)
 
 
 def widened(tensor: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError
 from ...types import LayerPlan, Rows
-from .base import Score, require_choice, require_count, reset_linear
+from .base import Score, require_choice, require_count, reset_maps
 
 _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.nn.functional.relu,
@@ -81,11 +81,7 @@ class MlpScore(Score):
 
     def reset_parameters(self) -> None:
         """Each map as `torch.nn.Linear` draws its weight; biases are zero."""
-        for name, parameter in self.named_parameters():
-            if name.startswith("bias"):
-                nn.init.zeros_(parameter)
-            else:
-                reset_linear(parameter)
+        reset_maps(self)
 
     def forward(self, rows: Rows, a: Tensor | None) -> Tensor:
         """Logits (N, E)."""

@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 
 from ...errors import ConfigError
 from ...types import LayerPlan, Rows
-from .base import Score, require_count, reset_linear, widened
+from .base import Score, require_count, reset_maps, widened
 
 
 class RecurrentScore(Score):
@@ -64,11 +64,7 @@ class RecurrentScore(Score):
 
     def reset_parameters(self) -> None:
         """Maps as `torch.nn.Linear` draws them, biases zero."""
-        for name, parameter in self.named_parameters():
-            if name.startswith("bias"):
-                nn.init.zeros_(parameter)
-            else:
-                reset_linear(parameter)
+        reset_maps(self)
 
     def forward(self, rows: Rows, a: Tensor | None) -> Tensor:
         """Logits (N, E)."""
