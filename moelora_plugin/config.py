@@ -69,8 +69,8 @@ class MoeLoraConfig(PeftConfig):
 
     Args:
         r: rank of one expert, >= 1; with `total_rank` the rank of all experts together.
-        num_experts: experts per target module, >= 1. One expert is plain LoRA. With site "layer" the
-            experts are the target modules themselves, and this number is not read.
+        num_experts: experts per target module, >= 1. One expert is plain LoRA. With site "layer"
+            the experts are the target modules themselves, and this number is not read.
         top_k: experts selected per token, 1 <= top_k <= num_experts.
         lora_alpha: the update is scaled by alpha / r, or alpha / sqrt(r) with `use_rslora`; see
             `scale`.

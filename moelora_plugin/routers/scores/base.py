@@ -81,7 +81,8 @@ class Score(nn.Module, ABC):
         if a is None or a.ndim != 2 or len(a) < total:
             raise ConfigError(
                 f"{type(self).__name__} compares the experts' own activations A_i x, and these "
-                "experts have no A each; set expert='lora' and site='linear', or another router_score."
+                "experts have no A each; set expert='lora' and site='linear', or another "
+                "router_score."
             )
         return torch.split(torch.nn.functional.linear(x_NI, a[:total]), list(self.plan.ranks), -1)
 
