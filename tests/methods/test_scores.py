@@ -152,6 +152,15 @@ def test_prototype_by_hand():
     assert found == pytest.approx([-math.sqrt(2)] * 2, rel=1e-4)  # layer_norm adds 1e-5 inside
 
 
+def test_assigned_by_hand():
+    """Two experts: ids 0 and 2 are the first one's, id 1 the second one's, without a doubt."""
+    score = make("assigned", ranks=(1, 1))
+    logits = score(Rows(None, ids=torch.tensor([0, 1, 2])), None)
+    assert logits.softmax(-1).tolist() == [[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]
+    with pytest.raises(ConfigError, match="router_input"):
+        score(Rows(torch.randn(2, IN)), None)
+
+
 def test_embedding_by_hand():
     """The row's id is 1."""
     assert logits(
