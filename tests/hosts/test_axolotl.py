@@ -443,6 +443,7 @@ def test_the_template_trains_on_the_prompt_and_the_completion_as_they_are(runs):
         model=runs.model_dir,
         preset="gr_moe_lora",
         optimizer="gradamw",
+        gate_lr="3.0e-8",
         data=runs.sft_file,
         output_dir="output",
         target_modules="[q_proj, down_proj]",

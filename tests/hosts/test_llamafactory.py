@@ -405,6 +405,7 @@ def test_the_config_of_moelora_init_trains(llamafactory, model_dir, sft_file, tm
         "model": str(model_dir),
         "preset": "gr_moe_lora",
         "optimizer": "gradamw",
+        "gate_lr": "3.0e-8",
         "data": str(sft_file),
         "output_dir": str(tmp_path / "out"),
         "target_modules": "q_proj,down_proj",

@@ -194,6 +194,7 @@ def test_the_config_of_moelora_init_trains_and_resumes_exactly(
         "model": str(model_dir),
         "preset": "gr_moe_lora",
         "optimizer": "gradamw",
+        "gate_lr": "3.0e-8",
         "data": str(sft_file),
         "output_dir": "output",
         "target_modules": "[q_proj, down_proj]",
