@@ -64,6 +64,14 @@ class Call:
         """`real_BS` by token."""
         return None if self.real_BS is None else self.real_BS.flatten()
 
+    def real_among(self, tokens: int) -> Tensor | None:
+        """`real_T` for a layer that sees so many tokens.
+
+        Layers that see other tokens (a vision tower, a pooled sequence) have no mask: None.
+        """
+        real_T = self.real_T
+        return real_T if real_T is not None and len(real_T) == tokens else None
+
 
 class CallContext:
     """Shared by all adapted layers of one model.

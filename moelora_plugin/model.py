@@ -15,7 +15,6 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .allocation import ALLOCATIONS
-from .call import Call
 from .config import MoeLoraConfig
 from .errors import ConfigError
 from .initialization import INITIALIZATIONS
@@ -73,13 +72,7 @@ class MoeLoraModel(BaseTuner):
         self.aux_losses.num_layers[adapter_name] = sum(
             adapter_name in layer.moelora_router for layer in routed_layers(model).values()
         )
-        if not self.shared.call.before_call:
-            self.shared.call.before_call.append(self._before_call)
         self.shared.call.watch(model)
-
-    def _before_call(self, call: Call) -> None:
-        for layer in routed_layers(self.model).values():
-            layer.before_call()
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         """Say what is wrong with the base before PEFT says less, or nothing."""

@@ -41,6 +41,7 @@ class LayerCounts:
         # On the CPU, because not every accelerator has float64.
         probs_TE, weights_TE = routing.probs.cpu(), routing.weights.cpu()
         if real_T is not None:
+            real_T = real_T.cpu()
             probs_TE, weights_TE = probs_TE[real_T], weights_TE[real_T]
         finite_T = weights_TE.isfinite().all(-1)
         self.not_finite += int((~finite_T).sum())
@@ -112,15 +113,12 @@ def routing_statistics(model: nn.Module, adapter: str = "default") -> Iterator[R
             layer.last_routing.clear()
 
     def count(module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
-        real_T = read_call(module, args, kwargs, {}).real_T
-        real_T = None if real_T is None else real_T.cpu()
+        call = read_call(module, args, kwargs, {})
         for name, layer in layers.items():
             routing = layer.last_routing.pop(adapter, None)
             if routing is not None:
-                # Layers that see other tokens (a vision tower, a pooled sequence) have no mask.
-                masked = real_T is not None and len(real_T) == len(routing.weights)
                 counts = stats.layers.setdefault(name, LayerCounts())
-                counts.add(routing, real_T if masked else None)
+                counts.add(routing, call.real_among(len(routing.weights)))
 
     handles = (
         base.register_forward_pre_hook(forget),

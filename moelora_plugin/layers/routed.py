@@ -11,7 +11,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..call import CallContext
+from ..call import Call, CallContext
 from ..config import MoeLoraConfig
 from ..errors import ConfigError
 from ..lookup import lookup, with_options
@@ -114,6 +114,9 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
                 for name, value in config.router_modifiers.items()
             ]
         )
+        before_call = self.shared.call.before_call
+        if config.router_modifiers and self.before_call not in before_call:
+            before_call.append(self.before_call)
         self.moelora_aux_losses[adapter] = weighted_losses(config.aux_losses)
 
     def place_router(self, adapter: str, like: Tensor) -> None:
@@ -164,10 +167,7 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
     def loss_input(self, routing: Routing, x: Tensor) -> LossInput:
         """What auxiliary losses may read of a decision about x (..., in), but for the experts."""
         call, tokens = self.shared.call.call, len(routing.weights)
-        real_T = call.real_T
-        # Layers that see other tokens (a vision tower, a pooled sequence) have no mask.
-        if real_T is not None and len(real_T) != tokens:
-            real_T = None
+        real_T = call.real_among(tokens)
         given = {name: value.reshape(-1).to(x.device) for name, value in call.ids.items()}
         ids = {
             name: value.repeat_interleave(tokens // len(value))
@@ -177,7 +177,7 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         batch = x.shape[0] if x.ndim == 3 else 1
         return LossInput(routing, real_T, ids, batch=batch)
 
-    def before_call(self) -> None:
+    def before_call(self, call: Call) -> None:
         """Let modifiers change their state, before a training call of the model."""
         for adapter in self.active_adapters:
             if adapter in self.moelora_modifiers:

@@ -18,8 +18,4 @@ class TokenInput(RouterInput):
     def rows(self, x: Tensor, call: Call) -> Rows:
         """One row per token."""
         x_TI = x.reshape(-1, x.shape[-1])
-        real_T = call.real_T
-        # Layers that see other tokens (a vision tower, a pooled sequence) have no mask.
-        if real_T is not None and len(real_T) != len(x_TI):
-            real_T = None
-        return Rows(x=x_TI, real=real_T, batch=x.shape[0] if x.ndim == 3 else 1)
+        return Rows(x=x_TI, real=call.real_among(len(x_TI)), batch=x.shape[0] if x.ndim == 3 else 1)
