@@ -53,8 +53,7 @@ def merge_exact(model: PeftModel) -> Merge:
     Raises:
         ExportError: the gates follow the input.
     """
-    for layer in moelora_layers(model).values():
-        layer.merge(safe_merge=True)
+    model.merge_adapter(safe_merge=True)
     return Merge("exact")
 
 

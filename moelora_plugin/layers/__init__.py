@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from .aux_loss import AuxLosses
-from .linear import GateSource, MoeLoraLinear
+from .gate_source import GateSource
+from .linear import MoeLoraLinear
 from .routed import RoutedLayer, Shared
 
 __all__ = ["AuxLosses", "GateSource", "MoeLoraLinear", "RoutedLayer", "Shared"]

@@ -19,7 +19,8 @@ from ..config import MoeLoraConfig
 from ..errors import ConfigError, ExportError
 from ..ops.gated_rows import gate_rows, restore_gradient
 from ..types import GateRescale, GateRescaleScope, LayerPlan, Routing
-from .linear import GateSource, MoeLoraLinear
+from .gate_source import GateSource
+from .linear import MoeLoraLinear
 from .routed import RoutedLayer, Shared
 
 # The child of the feed-forward module that holds its router.

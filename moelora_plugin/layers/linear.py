@@ -30,6 +30,7 @@ from ..types import (
     LayerPlan,
     Routing,
 )
+from .gate_source import GateSource
 from .routed import RoutedLayer, Shared
 
 # These have in and out features that PEFT can read but do not compute x W^T.
@@ -69,63 +70,6 @@ class Mixture:
     scaling: float
     scope: GateRescaleScope
     universal: str
-
-
-class GateSource:
-    """Gates of a linear that come from elsewhere: from its block, its layer or the model."""
-
-    def gates(self, linear: MoeLoraLinear, adapter: str, x: Tensor) -> Tensor:
-        """The gates (T, E) of this linear's experts for x (..., in)."""
-        raise NotImplementedError
-
-    def routing(self, linear: MoeLoraLinear, adapter: str) -> Routing | None:
-        """The decision of the same pass where its auxiliary losses enter at this linear."""
-        return None
-
-    def base_output(self, linear: MoeLoraLinear, x: Tensor) -> Tensor | None:
-        """The base's output for x where it can be had for less; None where x has to go through."""
-        return None
-
-    def fixed_weights(self, linear: MoeLoraLinear, adapter: str) -> Tensor | None:
-        """The gates (E,) where they ignore the input; else None."""
-        return None
-
-    def mean_weights(
-        self, linear: MoeLoraLinear, adapter: str, mean_of: Callable[[RoutedLayer], Tensor]
-    ) -> Tensor:
-        """The gates (E,) of an approximate merge.
-
-        Args:
-            linear: whose experts.
-            adapter: its adapter.
-            mean_of: gives the mean gates of a layer with a router.
-
-        Raises:
-            ExportError: these experts cannot be folded into one linear.
-        """
-        raise ExportError(
-            f"{type(self).__name__} gives no mean gates, so there is no mean-gate merge; serve the "
-            "adapter unmerged."
-        )
-
-
-class AlwaysOn(GateSource):
-    """Gate 1 for the one expert of a linear: plain LoRA, without a router."""
-
-    def gates(self, linear: MoeLoraLinear, adapter: str, x: Tensor) -> Tensor:
-        """Ones."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        return x.new_ones(x.numel() // x.shape[-1], 1, dtype=dtype)
-
-    def fixed_weights(self, linear: MoeLoraLinear, adapter: str) -> Tensor | None:
-        """One."""
-        return torch.ones(1)
-
-    def mean_weights(
-        self, linear: MoeLoraLinear, adapter: str, mean_of: Callable[[RoutedLayer], Tensor]
-    ) -> Tensor:
-        """One."""
-        return torch.ones(1)
 
 
 class MoeLoraLinear(RoutedLayer):
@@ -413,11 +357,9 @@ class MoeLoraLinear(RoutedLayer):
         """
         self._base_weight()
         weights_E = self._fixed_gates(adapter) if weights_E is None else weights_E
-        mixture, tensors = self.moelora_mixture[adapter], self.tensors(adapter)
         # On the meta device: what raises does so without a product.
-        empty = {name: tensor.detach().to("meta") for name, tensor in tensors.items()}
-        weights_E = _with_universal(weights_E.detach().to("meta"), mixture.universal)
-        mixture.experts.static_update(empty, weights_E, mixture.scaling)
+        tensors = {name: t.detach().to("meta") for name, t in self.tensors(adapter).items()}
+        self._mixed(adapter, tensors, weights_E)
 
     def unmerge(self) -> None:
         """Take every merged adapter out of the base weight again (up to rounding)."""
@@ -439,15 +381,19 @@ class MoeLoraLinear(RoutedLayer):
             ExportError: no gates given and the router's follow the input, or the expert kind is no
                 update of the weight.
         """
-        mixture = self.moelora_mixture[adapter]
         weights_E = self._fixed_gates(adapter) if weights_E is None else weights_E
         tensors = {name: tensor.detach() for name, tensor in self.tensors(adapter).items()}
-        device = next(iter(tensors.values())).device
-        weights_E = _with_universal(weights_E.detach().to(device), mixture.universal)
-        update_OI = mixture.experts.static_update(tensors, weights_E, mixture.scaling)
+        update_OI = self._mixed(adapter, tensors, weights_E)
         if "offset_A" in tensors:
             update_OI = update_OI - tensors["offset_B"] @ tensors["offset_A"]
         return update_OI.T if isinstance(self.get_base_layer(), Conv1D) else update_OI
+
+    def _mixed(self, adapter: str, tensors: Mapping[str, Tensor], weights_E: Tensor) -> Tensor:
+        """The experts' weight update (O, I) for given gates, where the tensors are."""
+        mixture = self.moelora_mixture[adapter]
+        weights_E = weights_E.detach().to(next(iter(tensors.values())).device)
+        weights_E = _with_universal(weights_E, mixture.universal)
+        return mixture.experts.static_update(tensors, weights_E, mixture.scaling)
 
     def mean_weights(
         self, mean_of: Callable[[RoutedLayer], Tensor], adapter: str = "default"

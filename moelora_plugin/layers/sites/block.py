@@ -12,7 +12,8 @@ from ...config import MoeLoraConfig
 from ...errors import ConfigError
 from ...types import LayerPlan, Place
 from ..block import BlockGates, MoeLoraBlock
-from ..linear import AlwaysOn, MoeLoraLinear
+from ..gate_source import AlwaysOn
+from ..linear import MoeLoraLinear
 from ..routed import Shared
 from .base import Site
 

@@ -15,7 +15,8 @@ from ...call import Call
 from ...config import MoeLoraConfig
 from ...errors import ConfigError
 from ...types import LayerPlan, Place, Routing
-from ..linear import AlwaysOn, GateSource, MoeLoraLinear
+from ..gate_source import AlwaysOn, GateSource
+from ..linear import MoeLoraLinear
 from ..routed import RoutedLayer, Shared
 from .base import Site
 from .block import single_expert

@@ -22,7 +22,8 @@ from ...routers import Router
 from ...routers.modifiers import RouterModifiers
 from ...routers.scores import Score
 from ...types import LayerPlan, Place, Routing, Rows
-from ..linear import GateSource, MoeLoraLinear
+from ..gate_source import GateSource
+from ..linear import MoeLoraLinear
 from ..routed import RoutedLayer, Shared
 from .base import Site
 
