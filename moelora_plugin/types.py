@@ -108,6 +108,7 @@ class Rows:
         real: True where a row is not padding (N,); None where all are.
         batch: the rows are those of `batch` sequences of equal length, in order.
         row_of_token: for each token its row (T,); None where every token is its own row.
+        product: W x (N, E) for the matrix of a linear score, where it was to be had for less.
     """
 
     x: torch.Tensor | None
@@ -115,6 +116,7 @@ class Rows:
     real: torch.Tensor | None = None
     batch: int = 1
     row_of_token: torch.Tensor | None = None
+    product: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,22 @@ class Gates:
 
 
 @dataclass(frozen=True)
+class Projection:
+    """A layer's input in the experts' ranks; see `ops.rank_gated.project`.
+
+    Attributes:
+        z: x A^T (T, R), or (T, r) where the experts share A; its gradient reaches A alone.
+        logits: a linear gate's logits (T, E), where they were computed with z.
+        z_of_input: of z's shape, without values: its gradient reaches x alone. None where x needs
+            none.
+    """
+
+    z: torch.Tensor
+    logits: torch.Tensor | None = None
+    z_of_input: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
 class ExpertInput:
     """What the experts of a linear work on.
 
@@ -143,12 +161,14 @@ class ExpertInput:
         base_output: what the base made of the undropped x (T, out).
         base_weight: gives the base's weight (out, in); raises where it is quantised.
         training: whether the layer is in training mode, for dropout of an expert kind's own.
+        projection: what the kind's `project` made of x, where it was asked already.
     """
 
     x: torch.Tensor
     base_output: torch.Tensor
     base_weight: Callable[[], torch.Tensor]
     training: bool = False
+    projection: Projection | None = None
 
 
 @dataclass(frozen=True)

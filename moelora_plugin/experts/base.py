@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, ExportError
-from ..types import ExpertInput, ExpertPair, Gates, LayerPlan
+from ..types import ExpertInput, ExpertPair, Gates, LayerPlan, Projection
 
 # The experts' tensors by name. "A" and "B" are the factors; a kind may have others, or only some.
 Tensors = Mapping[str, Tensor]
@@ -56,6 +56,24 @@ class ExpertKind(ABC):
     @abstractmethod
     def update(self, tensors: Tensors, inputs: ExpertInput, gates: Gates) -> Tensor:
         """The mixture's update (T, O)."""
+
+    def project(
+        self, tensors: Tensors, inputs: ExpertInput, gate_EI: Tensor | None = None
+    ) -> Projection | None:
+        """The kind's product x A^T together with a linear gate's; None where it has no such one.
+
+        Args:
+            tensors: the experts'.
+            inputs: what they work on; `update` is given the answer in it.
+            gate_EI: the gate's weight.
+        """
+        return None
+
+    def add_update(
+        self, onto_TO: Tensor, tensors: Tensors, inputs: ExpertInput, gates: Gates
+    ) -> Tensor:
+        """The sum of `onto_TO`, which stays as it is, and the update."""
+        return onto_TO + self.update(tensors, inputs, gates)
 
     def split(self, tensors: Tensors) -> list[tuple[Tensor, Tensor]]:
         """Views (A_i, B_i), one pair per expert; a shared factor is in every pair.

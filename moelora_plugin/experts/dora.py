@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from ..errors import ExportError
 from ..ops.gate_rescale import rescaled_mixture
-from ..ops.rank_gated import rank_gated
 from ..types import ExpertInput, Gates
 from .base import Tensors
 from .lora import LoraExperts
@@ -52,14 +51,21 @@ class DoraExperts(LoraExperts):
         """M_i = |W|."""
         nn.init.zeros_(tensors["magnitude"])
 
-    def update(self, tensors: Tensors, inputs: ExpertInput, gates: Gates) -> Tensor:
+    def _mix(
+        self,
+        tensors: Tensors,
+        inputs: ExpertInput,
+        gates: Gates,
+        onto_TO: Tensor | None = None,
+    ) -> Tensor:
         """The LoRA mixture with rows of B rescaled, and W x by what is left."""
         base_norm_1O, norm_EO = self._norms(tensors, inputs.base_weight(), gates.scaling)
         ratio_EO = (tensors["magnitude"] + base_norm_1O) / norm_EO
         of_base_TO = rescaled_mixture(_of_base, inputs, {"ratio": ratio_EO}, gates)
         ratio_OR = ratio_EO.T[:, self._expert_of_rank(ratio_EO.device)]
         b_OR = (tensors["B"] * ratio_OR).to(tensors["B"].dtype)
-        return of_base_TO + rank_gated(inputs.x, tensors["A"], b_OR, gates, self._owners(inputs.x))
+        onto_TO = of_base_TO if onto_TO is None else onto_TO + of_base_TO
+        return super()._mix({**tensors, "B": b_OR}, inputs, gates, onto_TO)
 
     @torch.no_grad()
     def _norms(self, tensors: Tensors, weight_OI: Tensor, scaling: float) -> tuple[Tensor, Tensor]:

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from itertools import accumulate
 
-import torch
 from torch import Tensor, nn
 
-from ..ops.rank_gated import rank_gated
-from ..types import ExpertInput, ExpertPair, Gates, LayerPlan
-from .base import ExpertKind, Tensors
+from ..types import ExpertPair, LayerPlan
+from .base import Tensors
+from .stacked import StackedExperts
 
 
-class LoraExperts(ExpertKind):
+class LoraExperts(StackedExperts):
     """E_i(x) = s B_i A_i x (arXiv 2502.15828, eq. 8).
 
     Args:
@@ -26,8 +25,6 @@ class LoraExperts(ExpertKind):
             that come from existing adapters). They are zero until an initialisation that reads
             adapters, or an adapter's file, fills them.
     """
-
-    sums_outputs = True
 
     def __init__(
         self, plan: LayerPlan, in_features: int, out_features: int, *, frozen: bool = False
@@ -46,10 +43,6 @@ class LoraExperts(ExpertKind):
         for name in self.frozen:
             nn.init.zeros_(tensors[name])
 
-    def update(self, tensors: Tensors, inputs: ExpertInput, gates: Gates) -> Tensor:
-        """`ops.rank_gated`: two products for all experts together."""
-        return rank_gated(inputs.x, tensors["A"], tensors["B"], gates, self._owners(inputs.x))
-
     def split(self, tensors: Tensors) -> list[tuple[Tensor, Tensor]]:
         """Views (A_i (r_i, I), B_i (O, r_i))."""
         ranks = self.plan.ranks
@@ -65,12 +58,3 @@ class LoraExperts(ExpertKind):
     def pairs(self, tensors: Tensors, scaling: float) -> list[ExpertPair]:
         """One pair, with one metric per expert."""
         return [ExpertPair(tensors["A"], tensors["B"], self.plan.ranks, scaling)]
-
-    def _owners(self, x_TI: Tensor) -> Tensor | None:
-        """What `rank_gated` needs to know where the ranks differ."""
-        return None if self.plan.is_uniform else self._expert_of_rank(x_TI.device)
-
-    def _expert_of_rank(self, device: torch.device) -> Tensor:
-        """The expert that owns each rank (R,)."""
-        ranks = enumerate(self.plan.ranks)
-        return torch.tensor([e for e, rank in ranks for _ in range(rank)], device=device)

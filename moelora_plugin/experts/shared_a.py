@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..ops.rank_gated import rank_gated
-from ..types import ExpertInput, ExpertPair, Gates, LayerPlan
-from .base import ExpertKind, Tensors
+from ..ops.rank_gated import project
+from ..types import ExpertInput, ExpertPair, LayerPlan, Projection, Shared
+from .base import Tensors
+from .stacked import StackedExperts
 
 
-class SharedAExperts(ExpertKind):
+class SharedAExperts(StackedExperts):
     """E_i(x) = s B_i A x (HydraLoRA, arXiv 2404.19245).
 
     Riemannian metrics: A's is sum_i B_i^T B_i, which is B^T B of the update s sum_i B_i A seen as
@@ -32,7 +33,7 @@ class SharedAExperts(ExpertKind):
         ConfigError: the ranks differ, or a_dropout is outside [0, 1).
     """
 
-    sums_outputs = True
+    shared: Shared = "a"
 
     def __init__(
         self, plan: LayerPlan, in_features: int, out_features: int, *, a_dropout: float = 0.0
@@ -47,12 +48,14 @@ class SharedAExperts(ExpertKind):
         """A is (r, I), B is (O, R)."""
         return {"A": (self.rank, self.in_features), "B": (self.out_features, self.plan.total_rank)}
 
-    def update(self, tensors: Tensors, inputs: ExpertInput, gates: Gates) -> Tensor:
-        """`ops.rank_gated`: x meets A once, whatever the number of experts."""
+    def project(
+        self, tensors: Tensors, inputs: ExpertInput, gate_EI: Tensor | None = None
+    ) -> Projection:
+        """x meets A once, whatever the number of experts."""
         a = tensors["A"]
         if self.a_dropout:
             a = torch.nn.functional.dropout(a, self.a_dropout, inputs.training)
-        return rank_gated(inputs.x, a, tensors["B"], gates, shared="a")
+        return project(inputs.x, a, gate_EI)
 
     def split(self, tensors: Tensors) -> list[tuple[Tensor, Tensor]]:
         """Views (A (r, I), B_i (O, r)): A is in every pair."""

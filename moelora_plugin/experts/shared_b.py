@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops.rank_gated import rank_gated
-from ..types import ExpertInput, ExpertPair, Gates, LayerPlan
-from .base import ExpertKind, Tensors
+from ..types import ExpertPair, LayerPlan, Shared
+from .base import Tensors
+from .stacked import StackedExperts
 
 
-class SharedBExperts(ExpertKind):
+class SharedBExperts(StackedExperts):
     """E_i(x) = s B A_i x: the mirror image of HydraLoRA's shared A.
 
     Riemannian metrics: B's is sum_i A_i A_i^T, every A_i has B^T B.
@@ -27,7 +27,7 @@ class SharedBExperts(ExpertKind):
         ConfigError: the ranks differ.
     """
 
-    sums_outputs = True
+    shared: Shared = "b"
 
     def __init__(self, plan: LayerPlan, in_features: int, out_features: int) -> None:
         super().__init__(plan, in_features, out_features)
@@ -36,10 +36,6 @@ class SharedBExperts(ExpertKind):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """A is (R, I), B is (O, r)."""
         return {"A": (self.plan.total_rank, self.in_features), "B": (self.out_features, self.rank)}
-
-    def update(self, tensors: Tensors, inputs: ExpertInput, gates: Gates) -> Tensor:
-        """`ops.rank_gated`: the experts' gated A_i x are summed before B."""
-        return rank_gated(inputs.x, tensors["A"], tensors["B"], gates, shared="b")
 
     def split(self, tensors: Tensors) -> list[tuple[Tensor, Tensor]]:
         """Views (A_i (r, I), B (O, r)): B is in every pair."""

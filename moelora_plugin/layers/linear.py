@@ -226,7 +226,7 @@ class MoeLoraLinear(RoutedLayer):
         result = base
         for adapter in self.active_adapters:
             if adapter in self.moelora_mixture:
-                result = result + self.update(x, adapter, base)
+                result = self._mixed_output(x, adapter, base, onto=result)
         return result.to(base.dtype)
 
     def _base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -240,24 +240,33 @@ class MoeLoraLinear(RoutedLayer):
         output: Tensor = self.base_layer(x, *args, **kwargs)
         return output
 
-    def update(self, x: Tensor, adapter: str = "default", base: Tensor | None = None) -> Tensor:
-        """One adapter's update s * sum_i g_i(x) E_i(dropout(x)): (..., in) to (..., out).
+    def update(self, x: Tensor, adapter: str = "default") -> Tensor:
+        """One adapter's update s * sum_i g_i(x) E_i(dropout(x)): (..., in) to (..., out)."""
+        return self._mixed_output(x, adapter, self.base_layer(x))
 
-        Args:
-            x: the layer's input.
-            adapter: whose experts.
-            base: the base's output, computed anew where left out.
-        """
-        if base is None:
-            base = self.base_layer(x)
+    def _mixed_output(
+        self, x: Tensor, adapter: str, base: Tensor, onto: Tensor | None = None
+    ) -> Tensor:
+        """One adapter's update, added to `onto` where that is given: the output so far."""
         mixture = self.moelora_mixture[adapter]
         tensors = self.tensors(adapter)
         x = self._cast_input_dtype(x, next(iter(tensors.values())).dtype)
         x_TI = x.reshape(-1, self.in_features)
+        dropped_TI = self.moelora_dropout[adapter](x_TI)
+        inputs = ExpertInput(
+            dropped_TI, base.reshape(-1, self.out_features), self._float_base_weight, self.training
+        )
         source = self.moelora_gate_source.get(adapter)
         routing: Routing | None
         if source is None:
-            routing = self.route(x, adapter, tensors.get("A"))
+            # The gate is not subject to dropout.
+            matrix = self.gate_matrix(adapter) if dropped_TI is x_TI else None
+            projection = None
+            if matrix is not None and matrix.dtype == x_TI.dtype:
+                projection = mixture.experts.project(tensors, inputs, matrix)
+            product = None if projection is None else projection.logits
+            routing = self.route(x, adapter, tensors.get("A"), product)
+            inputs = replace(inputs, projection=projection)
             weights_TE = routing.weights
         else:
             weights_TE = source.gates(self, adapter, x)
@@ -268,16 +277,13 @@ class MoeLoraLinear(RoutedLayer):
             self.moelora_gate_rescale[adapter],
             mixture.scope,
         )
-        inputs = ExpertInput(
-            self.moelora_dropout[adapter](x_TI),
-            base.reshape(-1, self.out_features),
-            self._float_base_weight,
-            self.training,
-        )
-        update_TO = mixture.experts.update(tensors, inputs, gates)
+        if onto is None:
+            mixed_TO = mixture.experts.update(tensors, inputs, gates)
+        else:
+            onto_TO = onto.reshape(-1, self.out_features)
+            mixed_TO = mixture.experts.add_update(onto_TO, tensors, inputs, gates)
         if "offset_A" in tensors:
-            offset_TO = x_TI @ tensors["offset_A"].T @ tensors["offset_B"].T
-            update_TO = update_TO - offset_TO
+            mixed_TO = mixed_TO - x_TI @ tensors["offset_A"].T @ tensors["offset_B"].T
         if routing is not None and self.moelora_aux_losses[adapter]:
             loss_input = self.loss_input(routing, x)
             if source is None:  # the router's experts are the ones here
@@ -286,8 +292,8 @@ class MoeLoraLinear(RoutedLayer):
                     experts=functools.partial(mixture.experts.split, tensors),
                     outputs=functools.partial(_expert_outputs, x_TI, tensors, mixture),
                 )
-            update_TO = self.enter_losses(update_TO, loss_input, adapter)
-        return update_TO.view(*x.shape[:-1], self.out_features)
+            mixed_TO = self.enter_losses(mixed_TO, loss_input, adapter)
+        return mixed_TO.view(*x.shape[:-1], self.out_features)
 
     def expert_weights(self, adapter: str = "default") -> list[tuple[Tensor, Tensor]]:
         """One (A_i (r_i, in), B_i (out, r_i)) per expert: writable views without gradient."""

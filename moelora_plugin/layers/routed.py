@@ -5,6 +5,7 @@ Shape suffixes: T tokens, E experts.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -143,9 +144,34 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         mode = "none" if config.gate_rescale == "auto" else config.gate_rescale
         self.moelora_gate_rescale[adapter] = cast(GateRescale, mode)
 
-    def route(self, x: Tensor, adapter: str, a: Tensor | None = None) -> Routing:
-        """The decision for every token of x (..., in), T of them."""
+    def gate_matrix(self, adapter: str) -> Tensor | None:
+        """The gate (E, in) whose product with x, token by token, `route` can be given.
+
+        None where the router reads something else, or has one expert to choose from: the products
+        of a single expert are LoRA's own.
+        """
+        if (
+            not self.moelora_input[adapter].by_token
+            or self._modifiers(adapter).change_input
+            or self.experts_decided_about(adapter) == 1
+        ):
+            return None
+        return self._score(adapter).matrix()
+
+    def route(
+        self, x: Tensor, adapter: str, a: Tensor | None = None, product: Tensor | None = None
+    ) -> Routing:
+        """The decision for every token of x (..., in), T of them.
+
+        Args:
+            x: the layer's input.
+            adapter: whose router.
+            a: the experts' stacked A (R, in), for scores that read it.
+            product: x times `gate_matrix` (T, E), where that is there already.
+        """
         rows = self.moelora_input[adapter].rows(x, self.shared.call.call)
+        if product is not None:
+            rows = replace(rows, product=product)
         routing: Routing = self._router(adapter)(
             rows, self._score(adapter), self._modifiers(adapter), a
         )

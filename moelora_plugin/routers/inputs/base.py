@@ -21,7 +21,12 @@ class RouterInput(ABC):
     Options are keyword-only parameters of the constructor and stand under `router_input_kwargs`.
     One object belongs to one layer and adapter. It holds no state of its own: what a later call of
     a generation needs is kept with the call (`Call.kept`), under this object as the key.
+
+    Attributes:
+        by_token: whether the rows are the layer's tokens as they come.
     """
+
+    by_token = False
 
     @abstractmethod
     def rows(self, x: Tensor, call: Call) -> Rows:

@@ -15,6 +15,8 @@ from .base import RouterInput
 class TokenInput(RouterInput):
     """Rows are tokens."""
 
+    by_token = True
+
     def rows(self, x: Tensor, call: Call) -> Rows:
         """One row per token."""
         x_TI = x.reshape(-1, x.shape[-1])

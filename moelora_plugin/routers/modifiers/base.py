@@ -84,6 +84,11 @@ class RouterModifiers(nn.Module):
         """Whether one of them does."""
         return any(modifier.mixes_rows for modifier in self.modifiers)
 
+    @property
+    def change_input(self) -> bool:
+        """Whether one of them changes the rows before the score."""
+        return any(type(modifier).on_input is not Modifier.on_input for modifier in self.modifiers)
+
     def on_input(self, rows: Rows) -> Rows:
         """See `Modifier`."""
         for modifier in self.modifiers:

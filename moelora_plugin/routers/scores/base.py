@@ -52,6 +52,10 @@ class Score(nn.Module, ABC):
             a: the experts' stacked A (R, I), for scores that read their activations A x.
         """
 
+    def matrix(self) -> Tensor | None:
+        """The W (E, I) whose product with the rows the score takes from `Rows.product`, if any."""
+        return None
+
     def read_experts(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Set what follows from the experts' initial (A_i, B_i), where anything does."""
 

@@ -46,6 +46,12 @@ class LinearScore(Score):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
+    def matrix(self) -> Tensor:
+        """W."""
+        return self.weight
+
     def forward(self, rows: Rows, a: Tensor | None) -> Tensor:
         """Logits (N, E)."""
+        if rows.product is not None:
+            return rows.product if self.bias is None else rows.product + self.bias
         return torch.nn.functional.linear(self.features(rows), self.weight, self.bias)
