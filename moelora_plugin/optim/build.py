@@ -17,7 +17,7 @@ from ..types import GateRescale
 from .engines import refuse_unsupported_engine
 from .groups import EXPERTS, GATES, Group, factors_of, parameter_groups
 from .in_backward import precondition_in_backward, remove_preconditioning
-from .riemannian import RiemannianAdamW, RiemannianSGD, check_damping
+from .riemannian import RiemannianAdamW, RiemannianSGD, check_damping, fuse_where_possible
 
 # Set on an adapter's config, no field of it: what this process has settled "auto" to.
 _SETTLED = "_gate_rescale_settled"
@@ -137,11 +137,12 @@ def build_optimizer(
         base = {"betas": tuple(betas), "eps": eps, **base}
     if in_backward:
         precondition_in_backward(model, damping=damping, scale_compensation=scale_compensation)
-        torch_class: Any = torch.optim.AdamW if is_adamw else torch.optim.SGD
-        return cast(
-            torch.optim.Optimizer,
-            torch_class(_plain_groups(groups, lora_plus_ratio), lr=lr, **base),
-        )
+        plain = _plain_groups(groups, lora_plus_ratio)
+        if not is_adamw:
+            return torch.optim.SGD(plain, lr=lr, **base)
+        optimizer = torch.optim.AdamW(plain, lr=lr, **base)
+        fuse_where_possible(optimizer.param_groups, base)
+        return optimizer
     if is_adamw:
         base = {"bias_correction": bias_correction, **base}
     return spec.optimizer(

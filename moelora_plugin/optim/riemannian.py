@@ -2,20 +2,24 @@
 
 The step itself, its fused and foreach paths and its state are torch's; only the gradients it sees
 differ. They are put back afterwards, so nothing is preconditioned twice.
+
+All metrics of a model are inverted in one call per size. Then torch steps a portion of the experts
+after the other, so that only a portion's preconditioned gradients exist at a time.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError
 from ..ops.precondition import damped_inverses, metric_of, precondition
+from ..types import Shared
 from .groups import EXPERTS, GATES, FrozenFactor, Group, factors_of, take_frozen
 from .sharded import sharded_like, whole
 
@@ -25,6 +29,14 @@ ORDERS = ("jacobi", "gauss_seidel")
 # floating point (0.99999^(2^23) is 3e-37), so the stock kernels, fused ones too, run without bias
 # correction; fp32 counts another eight million steps exactly.
 _STEP_WITHOUT_BIAS_CORRECTION = 2.0**23
+
+# Devices with a fused AdamW in every torch that we support.
+_FUSED = ("cpu", "cuda", "xpu")
+
+# Bytes of preconditioned gradients at a time. On a CPU they stay in the cache until torch reads
+# them, and their memory serves the next portion; elsewhere each portion costs kernel launches.
+_PORTION_BYTES = {"cpu": 3 * 2**18}
+_PORTION_BYTES_ELSEWHERE = 2**26
 
 
 def check_damping(damping: float) -> None:
@@ -48,6 +60,25 @@ def warn_of_escalation(escalated: int, damping: float) -> None:
         )
 
 
+def fuse_where_possible(groups: list[Group], options: Mapping[str, Any]) -> None:
+    """Let AdamW take its one pass over a tensor in place of a dozen, unless somebody chose.
+
+    torch's own default is `foreach` on accelerators and a loop of single operations on a CPU.
+
+    Args:
+        groups: of an AdamW; one whose tensors have no fused kernel, or whose own dict chose
+            `foreach`, is left as it is.
+        options: what its constructor was given.
+    """
+    if not options.keys().isdisjoint({"fused", "foreach", "differentiable"}):
+        return
+    for group in groups:
+        if not group["foreach"] and all(
+            p.is_floating_point() and p.device.type in _FUSED for p in group["params"]
+        ):
+            group["fused"] = True
+
+
 def _num_factors(group: Group) -> int:
     """How many parameters its pairs have."""
     return sum(1 if frozen != "none" else 2 for frozen in group["frozen"])
@@ -60,6 +91,54 @@ def _refuse_flattened(group: Group) -> None:
             "under DeepSpeed ZeRO stage 1 or 2 use build_optimizer(..., in_backward=True), and "
             "FSDP2 in place of FSDP version 1."
         )
+
+
+class _Learner(NamedTuple):
+    """A factor that has a gradient, and what that is multiplied by."""
+
+    parameter: Tensor
+    inverse: Tensor
+    side: str
+    ranks: Sequence[int]
+    shared: Shared
+
+    def gradient(self) -> Tensor:
+        """Its preconditioned gradient, sharded as the gradient itself."""
+        grad = self.parameter.grad
+        assert grad is not None
+        result = precondition(self.inverse, whole(grad), self.side, self.ranks, self.shared)
+        return sharded_like(result, grad)
+
+
+@contextmanager
+def _gradients(replaced: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Other gradients for a while, given by parameter."""
+    originals = [parameter.grad for parameter, _ in replaced]
+    try:
+        for parameter, grad in replaced:
+            parameter.grad = grad
+        yield
+    finally:
+        for (parameter, _), original in zip(replaced, originals, strict=True):
+            parameter.grad = original
+
+
+def _portions(learners: Iterable[_Learner]) -> Iterator[list[_Learner]]:
+    """Neighbours whose gradients take no more than a portion's bytes, one of them at the least."""
+    portion: list[_Learner] = []
+    room = 0
+    for learner in learners:
+        size = learner.parameter.numel() * learner.parameter.element_size()
+        if portion and size > room:
+            yield portion
+            portion = []
+        if not portion:
+            device = learner.parameter.device.type
+            room = _PORTION_BYTES.get(device, _PORTION_BYTES_ELSEWHERE)
+        portion.append(learner)
+        room -= size
+    if portion:
+        yield portion
 
 
 class _Riemannian(torch.optim.Optimizer):
@@ -117,29 +196,28 @@ class _Riemannian(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with self._original_gradients_kept():
-            self._clip_gates()
-            if self._steps_a_and_b_apart():
-                self._step_a_then_b()
-            else:
-                self._precondition(("a", "b"))
-                super().step()
+        experts = list(zip(self._expert_groups(), self._frozen_factors, strict=True))
+        # Whatever is wrong with a metric shows before anything has moved.
+        learners = [
+            self._learners(group, frozen, ("a", "b") if group["order"] == "jacobi" else ("a",))
+            for group, frozen in experts
+        ]
+        with _gradients(self._clipped_gates()):
+            self._torch_step([g for g in self.param_groups if g.get("role") != EXPERTS])
+        for (group, _), mine in zip(experts, learners, strict=True):
+            self._step_learners(group, mine)
+        for group, frozen in experts:
+            if group["order"] == "gauss_seidel":
+                # B's metric is taken from the A that has just moved.
+                self._step_learners(group, self._learners(group, frozen, ("b",)))
         return loss
-
-    @contextmanager
-    def _original_gradients_kept(self) -> Iterator[None]:
-        kept = [(p, p.grad) for group in self.param_groups for p in group["params"]]
-        try:
-            yield
-        finally:
-            for parameter, grad in kept:
-                parameter.grad = grad
 
     def _expert_groups(self) -> list[Group]:
         return [group for group in self.param_groups if group.get("role") == EXPERTS]
 
-    def _clip_gates(self) -> None:
-        """Clip the joint norm of each gates group (arXiv 2502.15828, section 4.1: 1.0)."""
+    def _clipped_gates(self) -> list[tuple[Tensor, Tensor]]:
+        """Gradients of each gates group at no more than its norm (arXiv 2502.15828, 4.1: 1.0)."""
+        clipped = []
         for group in self.param_groups:
             limit = group.get("max_grad_norm")
             grads = [p.grad for p in group["params"] if p.grad is not None]
@@ -149,88 +227,65 @@ class _Riemannian(torch.optim.Optimizer):
             # The same coefficient as torch.nn.utils.clip_grad_norm_, not in place: the caller keeps
             # its gradients.
             scale = (limit / (norm + 1e-6)).clamp(max=1.0)
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.grad = parameter.grad * scale.to(
-                        parameter.grad.device, parameter.grad.dtype
-                    )
+            clipped += [
+                (p, p.grad * scale.to(p.grad.device, p.grad.dtype))
+                for p in group["params"]
+                if p.grad is not None
+            ]
+        return clipped
 
-    def _steps_a_and_b_apart(self) -> bool:
-        return any(
-            group["order"] == "gauss_seidel" or group["lora_plus_ratio"] != 1.0
-            for group in self._expert_groups()
-        )
-
-    def _step_a_then_b(self) -> None:
-        """Two stock steps: first A and everything that is not an expert, then B.
-
-        Under gauss_seidel B's metric is taken from the A that has just moved. torch skips
-        parameters without a gradient, so each is stepped once.
-        """
-        jacobi = [group for group in self._expert_groups() if group["order"] == "jacobi"]
-        gauss_seidel = [
-            group for group in self._expert_groups() if group["order"] == "gauss_seidel"
-        ]
-        self._precondition(("a", "b"), jacobi)
-        self._precondition(("a",), gauss_seidel)
-        waiting = [
-            (b, b.grad)
-            for group in self._expert_groups()
-            for _, b in factors_of(group)
-            if b is not None
-        ]
-        for b, _ in waiting:
-            b.grad = None
-        super().step()
-
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = None
-        for b, grad in waiting:
-            b.grad = grad
-        self._precondition(("b",), gauss_seidel)
-        rates = [(group, group["lr"]) for group in self._expert_groups()]
-        try:
-            for group, lr in rates:
-                group["lr"] = lr * group["lora_plus_ratio"]
-            super().step()
-        finally:
-            for group, lr in rates:
-                group["lr"] = lr
-
-    def _precondition(self, sides: Iterable[str], groups: list[Group] | None = None) -> None:
-        """Replace the gradients of A and/or B by their preconditioned ones."""
-        for group, frozen in zip(self._expert_groups(), self._frozen_factors, strict=True):
-            if groups is None or any(group is one for one in groups):
-                for side in sides:
-                    self._precondition_side(group, frozen, side)
-
-    def _precondition_side(
-        self, group: Group, frozen: list[FrozenFactor | None], side: str
-    ) -> None:
-        learners: list[tuple[int, Tensor, Tensor]] = []
+    def _learners(
+        self, group: Group, frozen: list[FrozenFactor | None], sides: Sequence[str]
+    ) -> list[_Learner]:
+        """The factors of these sides that have gradients, side by side, with inverse metrics."""
+        found = []
         metrics = []
-        for i, (a, b) in enumerate(factors_of(group)):
-            # A's gradient is measured by B's metric and the other way round.
-            learner, partner = (a, b) if side == "a" else (b, a)
-            if learner is None or learner.grad is None:
-                continue
-            buffer = frozen[i]
-            factor = partner if buffer is None else buffer()
-            assert factor is not None
-            learners.append((i, learner, learner.grad))
-            metrics.append(
-                metric_of(whole(factor.detach()), side, group["ranks"][i], group["shared"][i])
-            )
+        for side in sides:
+            for i, (a, b) in enumerate(factors_of(group)):
+                # A's gradient is measured by B's metric and the other way round.
+                learner, partner = (a, b) if side == "a" else (b, a)
+                if learner is None or learner.grad is None:
+                    continue
+                buffer = frozen[i]
+                factor = partner if buffer is None else buffer()
+                assert factor is not None
+                ranks, shared = group["ranks"][i], group["shared"][i]
+                found.append((i, learner, side, ranks, shared))
+                metrics.append(metric_of(whole(factor.detach()), side, ranks, shared))
         inverses, escalated = damped_inverses(metrics, group["damping"])
         warn_of_escalation(escalated, group["damping"])
-        for (i, parameter, grad), inverse in zip(learners, inverses, strict=True):
-            if group["scale_compensation"]:
-                inverse = inverse / group["scalings"][i] ** 2
-            preconditioned = precondition(
-                inverse, whole(grad), side, group["ranks"][i], group["shared"][i]
-            )
-            parameter.grad = sharded_like(preconditioned, grad)
+        if group["scale_compensation"]:
+            inverses = [
+                inverse / group["scalings"][i] ** 2
+                for (i, *_), inverse in zip(found, inverses, strict=True)
+            ]
+        return [
+            _Learner(learner, inverse, side, ranks, shared)
+            for (_, learner, side, ranks, shared), inverse in zip(found, inverses, strict=True)
+        ]
+
+    def _step_learners(self, group: Group, learners: list[_Learner]) -> None:
+        """One step on the preconditioned gradients, a portion at a time; B at its LoRA+ rate."""
+        rates = {"a": group["lr"], "b": group["lr"] * group["lora_plus_ratio"]}
+        for side, rate in rates.items():
+            for portion in _portions(one for one in learners if one.side == side):
+                parameters = [one.parameter for one in portion]
+                with _gradients([(one.parameter, one.gradient()) for one in portion]):
+                    self._torch_step([{**group, "params": parameters, "lr": rate}])
+
+    def _torch_step(self, groups: list[Group]) -> None:
+        """The step of torch on these groups alone."""
+        step: Any = super().step
+        # torch gives a class's step the step hooks once an object of that class has been made; they
+        # run around ours already.
+        step = step.__func__
+        step = step.__wrapped__ if getattr(step, "hooked", False) else step
+        everything = self.param_groups
+        self.param_groups = groups
+        try:
+            step(self)
+        finally:
+            self.param_groups = everything
 
 
 class RiemannianSGD(_Riemannian, torch.optim.SGD):
@@ -288,7 +343,8 @@ class RiemannianAdamW(_Riemannian, torch.optim.AdamW):
         scale_compensation: divide the preconditioned gradients by s^2; AdamW's normalisation makes
             this matter only through eps.
         lora_plus_ratio: B's learning rate over A's (LoRA+).
-        **adamw: torch.optim.AdamW's own options (betas, eps, weight_decay, fused, ...).
+        **adamw: torch.optim.AdamW's own options (betas, eps, weight_decay, fused, ...). Without a
+            choice between foreach, fused and differentiable it is fused where torch has that.
     """
 
     def __init__(
@@ -304,6 +360,7 @@ class RiemannianAdamW(_Riemannian, torch.optim.AdamW):
         **adamw: Any,
     ) -> None:
         super().__init__(params, lr=lr, **adamw)
+        fuse_where_possible(self.param_groups, adamw)
         self._add_defaults(
             damping=damping,
             order=order,

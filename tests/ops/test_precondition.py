@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from moelora_plugin.ops.precondition import damped_inverses, gram, join_experts, split_experts
+from moelora_plugin.ops import precondition as module
+from moelora_plugin.ops.precondition import (
+    damped_inverses,
+    gram,
+    join_experts,
+    metric_of,
+    split_experts,
+)
 from moelora_plugin.ops.reference import precondition_loop
 
 LAYERS = [  # in, out, ranks
@@ -45,6 +54,46 @@ def test_equals_the_loop(layer, dtype, tolerance):
     for got, want in zip(found, expected, strict=True):
         # Cholesky against LU: epsilon times the condition number, at most 30 / 1e-2 here.
         torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("layout", ["as stored", "transposed"])
+@pytest.mark.parametrize(
+    "ranks", [(4,) * 20, (4,) * 7, (16, 16), (3,) * 6, (20,), (1, 5, 2), (2, 6) * 10], ids=str
+)
+def test_metrics_and_products_in_blocks_equal_the_loop(ranks, layout):
+    """B's experts are taken several at a time: by divisors of their number, or all, or none."""
+    torch.manual_seed(0)
+    total = sum(ranks)
+    a, b, grad_a, grad_b = (
+        torch.randn(*(reversed(shape) if layout == "transposed" else shape), dtype=torch.float64)
+        for shape in [(total, 33), (37, total), (total, 33), (37, total)]
+    )
+    if layout == "transposed":
+        a, b, grad_a, grad_b = a.T, b.T, grad_a.T, grad_b.T
+    metrics = [metric_of(b, "a", ranks, "none"), metric_of(a, "b", ranks, "none")]
+    (for_a, for_b), escalated = damped_inverses(metrics, 1e-2)
+    assert escalated == 0
+    found = (
+        module.precondition(for_a, grad_a, "a", ranks, "none"),
+        module.precondition(for_b, grad_b, "b", ranks, "none"),
+    )
+    expected = precondition_loop(a, b, grad_a, grad_b, ranks, 1e-2)
+    for got, want in zip(found, expected, strict=True):
+        assert got.is_contiguous()
+        # Cholesky against LU: epsilon times the condition number, some hundreds here.
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+
+
+def test_the_new_tf32_switch_is_read_without_an_error():
+    """torch refuses to answer on the old one once it has been used, for the rest of a process."""
+    program = """
+import torch
+from moelora_plugin.ops.precondition import _tf32_allowed
+assert not _tf32_allowed()
+torch.backends.cuda.matmul.fp32_precision = "tf32"
+assert _tf32_allowed()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_hand_computed_numbers():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from torch import nn
 from moelora_plugin import MoeLoraConfig, RiemannianAdamW, RiemannianSGD, build_optimizer
 from moelora_plugin.errors import ConfigError
 from moelora_plugin.model import moelora_layers
+from moelora_plugin.ops.precondition import precondition
 from moelora_plugin.ops.reference import precondition_loop
+from moelora_plugin.optim import riemannian
 from moelora_plugin.types import LayerPlan
 
 UNEQUAL = f"{__name__}.unequal_ranks"
@@ -316,6 +319,79 @@ def test_gradients_survive_a_step_that_fails(order):
         optimizer.step()
     assert all(torch.equal(p.grad, before[n]) for n, p in trainable(model).items())
     assert optimizer.param_groups[0]["lr"] == 1e-5
+
+
+@pytest.mark.parametrize("name", ["rsgd", "radamw"])
+def test_a_metric_that_fails_moves_nothing(name):
+    model = mixture()
+    optimizer = build_optimizer(model, name, lr=0.1, gate_lr=0.1)
+    loss_of(model).backward()
+    list(by_pair(model))[1][0].data[0, 0] = float("nan")
+    before = values(model)
+    with pytest.raises(FloatingPointError):
+        optimizer.step()
+    for n, v in values(model).items():
+        torch.testing.assert_close(v, before[n], rtol=0.0, atol=0.0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["rsgd", "radamw"])
+@pytest.mark.parametrize("order", ["jacobi", "gauss_seidel"])
+def test_portions_of_any_size_give_the_same_step(name, order, monkeypatch):
+    """And only one portion's preconditioned gradients exist at a time."""
+    results = []
+    for size, most in ((1, 1), (2**30, 2)):  # two modules: one factor, or all of a side
+        monkeypatch.setattr(riemannian, "_PORTION_BYTES", {"cpu": size})
+        made, alive = [], []
+
+        def counted(*args, made=made, alive=alive):
+            made.append(weakref.ref(result := precondition(*args)))
+            alive.append(sum(ref() is not None for ref in made))
+            return result
+
+        monkeypatch.setattr(riemannian, "precondition", counted)
+        model = mixture()
+        optimizer = build_optimizer(model, name, lr=0.01, order=order, lora_plus_ratio=2.0)
+        for step in range(2):
+            model.zero_grad()
+            loss_of(model, seed=step).backward()
+            optimizer.step()
+        assert max(alive) == most
+        results.append(values(model))
+    assert all(torch.equal(v, results[1][n]) for n, v in results[0].items())
+
+
+@pytest.mark.parametrize("name", ["rsgd", "radamw"])
+@pytest.mark.parametrize("order", ["jacobi", "gauss_seidel"])
+def test_step_hooks_run_once_for_a_step(name, order):
+    """torch puts hooks around a class's step when an object of the class is made, ours or not."""
+    spare = [nn.Parameter(torch.zeros(1))]
+    torch.optim.SGD(spare, lr=0.1)
+    torch.optim.AdamW(spare, lr=0.1)
+    model = mixture()
+    optimizer = build_optimizer(model, name, order=order)
+    seen = []
+    optimizer.register_step_pre_hook(
+        lambda *_: seen.append(("before", len(optimizer.param_groups)))
+    )
+    optimizer.register_step_post_hook(
+        lambda *_: seen.append(("after", len(optimizer.param_groups)))
+    )
+    loss_of(model).backward()
+    optimizer.step()
+    assert seen == [("before", 2), ("after", 2)]
+
+
+def test_adamw_is_fused_unless_told_otherwise():
+    model = mixture()
+    assert all(group["fused"] for group in build_optimizer(model, "radamw").param_groups)
+    for options in ({"foreach": True}, {"foreach": False}, {"fused": False}):
+        groups = build_optimizer(model, "radamw", **options).param_groups
+        assert not any(group["fused"] for group in groups)
+    fresh = build_optimizer(model, "radamw").param_groups
+    elsewhere = [p.detach().to("meta").requires_grad_() for p in fresh[1]["params"]]
+    groups = [fresh[0], {"params": elsewhere, "role": "gates"}]
+    with_meta = RiemannianAdamW([{k: v for k, v in g.items() if k != "fused"} for g in groups])
+    assert [group["fused"] for group in with_meta.param_groups] == [True, None]
 
 
 @pytest.mark.parametrize("name", ["rsgd", "radamw"])
