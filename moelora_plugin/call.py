@@ -70,7 +70,7 @@ class Call:
         Layers that see other tokens (a vision tower, a pooled sequence) have no mask: None.
         """
         real_T = self.real_T
-        return real_T if real_T is not None and len(real_T) == tokens else None
+        return real_T if real_T is not None and real_T.shape[0] == tokens else None
 
 
 class CallContext:

@@ -1,5 +1,8 @@
 """The small values that layers, routers, allocations and optimizers pass to each other.
 
+Those that a layer makes in every call are not frozen, since making a frozen one costs several times
+as much, which shows where one token is decoded at a time. Nobody changes them all the same.
+
 Shape suffixes: T tokens, E experts, K selected experts.
 """
 
@@ -7,7 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -61,23 +65,44 @@ class LayerPlan:
         return self.alpha / (math.sqrt(self.mean_rank) if use_rslora else self.mean_rank)
 
 
-@dataclass(frozen=True)
 class Routing:
     """A router's decision for T tokens.
 
-    Attributes:
+    Args:
         logits: raw scores (T, E).
-        probs: distribution over all experts (T, E), fp32 or wider.
+        probs: distribution over all experts (T, E), fp32 or wider, or what computes it where only
+            losses and statistics read it.
         weights: gates after selection (T, E), zeros for experts that were not selected.
         expert_ids: the selected experts (T, K) where the router selects, else None.
         extras: further tensors (T, ...) that a router offers to losses, by name.
     """
 
-    logits: torch.Tensor
-    probs: torch.Tensor
-    weights: torch.Tensor
-    expert_ids: torch.Tensor | None = None
-    extras: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    __slots__ = ("_probs", "expert_ids", "extras", "logits", "weights")
+
+    def __init__(
+        self,
+        logits: torch.Tensor,
+        probs: torch.Tensor | Callable[[], torch.Tensor],
+        weights: torch.Tensor,
+        expert_ids: torch.Tensor | None = None,
+        extras: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    ) -> None:
+        self.logits = logits
+        self._probs = probs
+        self.weights = weights
+        self.expert_ids = expert_ids
+        self.extras = extras
+
+    @property
+    def probs(self) -> torch.Tensor:
+        """The distribution over all experts (T, E)."""
+        if callable(self._probs):
+            self._probs = self._probs()
+        return self._probs
+
+    def with_weights(self, weights: torch.Tensor) -> Routing:
+        """The same with other gates."""
+        return Routing(self.logits, self._probs, weights, self.expert_ids, self.extras)
 
     def rows(self, index: torch.Tensor) -> Routing:
         """The decisions of the rows `index`, for example one row per sequence spread to tokens."""
@@ -88,17 +113,16 @@ class Routing:
         return self._map(lambda tensor: tensor.detach())
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Routing:
-        return replace(
-            self,
-            logits=function(self.logits),
-            probs=function(self.probs),
-            weights=function(self.weights),
-            expert_ids=None if self.expert_ids is None else function(self.expert_ids),
-            extras={name: function(tensor) for name, tensor in self.extras.items()},
+        return Routing(
+            function(self.logits),
+            function(self.probs),
+            function(self.weights),
+            None if self.expert_ids is None else function(self.expert_ids),
+            {name: function(tensor) for name, tensor in self.extras.items()},
         )
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Rows:
     """What a router decides about: tokens, sequences or ids. N rows.
 
@@ -119,7 +143,7 @@ class Rows:
     product: torch.Tensor | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Gates:
     """How the experts of a layer are mixed for T tokens.
 
@@ -136,7 +160,7 @@ class Gates:
     scope: GateRescaleScope = "weights"
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Projection:
     """A layer's input in the experts' ranks; see `ops.rank_gated.project`.
 
@@ -152,16 +176,17 @@ class Projection:
     z_of_input: torch.Tensor | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class ExpertInput:
     """What the experts of a linear work on.
 
     Attributes:
-        x: (T, in), dropout applied.
+        x: (T, in), dropout applied; the layer's own input where `projection` is there instead.
         base_output: what the base made of the undropped x (T, out).
         base_weight: gives the base's weight (out, in); raises where it is quantised.
         training: whether the layer is in training mode, for dropout of an expert kind's own.
-        projection: what the kind's `project` made of x, where it was asked already.
+        projection: what the kind's `project` made of the layer's input, for kinds that have it.
+        by_groups: whether the kind's `by_groups` said so.
     """
 
     x: torch.Tensor
@@ -169,6 +194,7 @@ class ExpertInput:
     base_weight: Callable[[], torch.Tensor]
     training: bool = False
     projection: Projection | None = None
+    by_groups: bool = False
 
 
 @dataclass(frozen=True)

@@ -58,16 +58,33 @@ class ExpertKind(ABC):
         """The mixture's update (T, O)."""
 
     def project(
-        self, tensors: Tensors, inputs: ExpertInput, gate_EI: Tensor | None = None
+        self,
+        tensors: Tensors,
+        x_TI: Tensor,
+        gate_EI: Tensor | None = None,
+        dropout: float = 0.0,
+        training: bool = False,
     ) -> Projection | None:
-        """The kind's product x A^T together with a linear gate's; None where it has no such one.
+        """The product dropout(x) A^T together with a linear gate's; None for kinds without one.
 
         Args:
             tensors: the experts'.
-            inputs: what they work on; `update` is given the answer in it.
+            x_TI: the layer's input, without dropout and in its own dtype.
             gate_EI: the gate's weight.
+            dropout: probability that an entry of x is dropped for the experts.
+            training: whether the layer is in training mode, for dropout of the kind's own.
         """
         return None
+
+    def by_groups(self, x_TI: Tensor, selected: float) -> bool:
+        """Whether to compute the selected experts alone: `project` is not asked then.
+
+        Args:
+            x_TI: the layer's input.
+            selected: how many experts a token has on average. The others' gates are 0 by a mask,
+                so that they learn nothing from the token.
+        """
+        return False
 
     def add_update(
         self, onto_TO: Tensor, tensors: Tensors, inputs: ExpertInput, gates: Gates

@@ -9,7 +9,8 @@ from itertools import accumulate
 
 from torch import Tensor, nn
 
-from ..types import ExpertPair, LayerPlan
+from ..ops.grouped import grouped_experts, prefers_grouped
+from ..types import ExpertInput, ExpertPair, Gates, LayerPlan
 from .base import Tensors
 from .stacked import StackedExperts
 
@@ -42,6 +43,21 @@ class LoraExperts(StackedExperts):
         """Zeros where frozen: an initialisation is not given frozen tensors, only their views."""
         for name in self.frozen:
             nn.init.zeros_(tensors[name])
+
+    def by_groups(self, x_TI: Tensor, selected: float) -> bool:
+        """As `ops.grouped` measured it."""
+        if not self.plan.is_uniform:
+            return False
+        width = (self.in_features + self.out_features) // 2
+        experts, rank = self.plan.num_experts, self.plan.ranks[0]
+        return prefers_grouped(len(x_TI), experts, selected, rank, width, x_TI.device.type)
+
+    def _mix(
+        self, tensors: Tensors, inputs: ExpertInput, gates: Gates, onto_TO: Tensor | None = None
+    ) -> Tensor:
+        if inputs.by_groups:
+            return grouped_experts(inputs.x, tensors["A"], tensors["B"], gates, onto_TO)
+        return super()._mix(tensors, inputs, gates, onto_TO)
 
     def split(self, tensors: Tensors) -> list[tuple[Tensor, Tensor]]:
         """Views (A_i (r_i, I), B_i (O, r_i))."""

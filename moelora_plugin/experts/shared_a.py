@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..ops.rank_gated import project
-from ..types import ExpertInput, ExpertPair, LayerPlan, Projection, Shared
+from ..types import ExpertPair, LayerPlan, Projection, Shared
 from .base import Tensors
 from .stacked import StackedExperts
 
@@ -49,13 +49,18 @@ class SharedAExperts(StackedExperts):
         return {"A": (self.rank, self.in_features), "B": (self.out_features, self.plan.total_rank)}
 
     def project(
-        self, tensors: Tensors, inputs: ExpertInput, gate_EI: Tensor | None = None
+        self,
+        tensors: Tensors,
+        x_TI: Tensor,
+        gate_EI: Tensor | None = None,
+        dropout: float = 0.0,
+        training: bool = False,
     ) -> Projection:
-        """x meets A once, whatever the number of experts."""
+        """One product with A, whatever the number of experts."""
         a = tensors["A"]
         if self.a_dropout:
-            a = torch.nn.functional.dropout(a, self.a_dropout, inputs.training)
-        return project(inputs.x, a, gate_EI)
+            a = torch.nn.functional.dropout(a, self.a_dropout, training)
+        return project(x_TI, a, gate_EI, dropout)
 
     def split(self, tensors: Tensors) -> list[tuple[Tensor, Tensor]]:
         """Views (A (r, I), B_i (O, r)): A is in every pair."""

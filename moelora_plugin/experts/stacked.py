@@ -24,10 +24,15 @@ class StackedExperts(ExpertKind):
     sums_outputs = True
 
     def project(
-        self, tensors: Tensors, inputs: ExpertInput, gate_EI: Tensor | None = None
+        self,
+        tensors: Tensors,
+        x_TI: Tensor,
+        gate_EI: Tensor | None = None,
+        dropout: float = 0.0,
+        training: bool = False,
     ) -> Projection | None:
         """`ops.rank_gated.project`."""
-        return project(inputs.x, tensors["A"], gate_EI)
+        return project(x_TI, tensors["A"], gate_EI, dropout)
 
     def update(self, tensors: Tensors, inputs: ExpertInput, gates: Gates) -> Tensor:
         """`ops.rank_gated`."""
@@ -46,8 +51,10 @@ class StackedExperts(ExpertKind):
         gates: Gates,
         onto_TO: Tensor | None = None,
     ) -> Tensor:
-        projection = inputs.projection or self.project(tensors, inputs)
-        assert projection is not None
+        projection = inputs.projection
+        if projection is None:
+            projection = self.project(tensors, inputs.x, training=inputs.training)
+            assert projection is not None
         owners_R = self._owners(inputs.x)
         return mix(projection, tensors["B"], gates, owners_R, self.shared, onto_TO)
 

@@ -280,6 +280,8 @@ class BlockGates(GateSource):
         block: where they come from.
     """
 
+    experts_per_row = 1.0
+
     block: MoeLoraBlock
 
     def gates(self, linear: MoeLoraLinear, adapter: str, x: Tensor) -> Tensor:

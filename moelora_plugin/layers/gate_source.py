@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..errors import ExportError
+from ..call import Call
+from ..errors import ConfigError, ExportError
 from ..types import Routing
 
 if TYPE_CHECKING:
@@ -21,7 +22,13 @@ if TYPE_CHECKING:
 
 
 class GateSource(ABC):
-    """Gates of a linear that come from elsewhere: from its block, its layer or the model."""
+    """Gates of a linear that come from elsewhere: from its block, its layer or the model.
+
+    Attributes:
+        experts_per_row: as a router's; see there.
+    """
+
+    experts_per_row: ClassVar[float | None] = None
 
     @abstractmethod
     def gates(self, linear: MoeLoraLinear, adapter: str, x: Tensor) -> Tensor:
@@ -75,3 +82,55 @@ class AlwaysOn(GateSource):
     ) -> Tensor:
         """One."""
         return torch.ones(1)
+
+
+class Decision:
+    """What the router of one linear has decided in the pass that is going on, for others to follow.
+
+    Attributes:
+        owner: the linear with the router.
+        name: its name, for messages.
+        site: the site's, for messages.
+        option: the key that says which linear decides, for messages.
+        routing: its last decision, with its graph.
+        call: the model's call that it belongs to.
+    """
+
+    def __init__(self, owner: MoeLoraLinear, name: str, site: str, option: str) -> None:
+        self.owner = owner
+        self.name = name
+        self.site = site
+        self.option = option
+        self.routing: Routing | None = None
+        self.call: Call | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        # A copy of the model is in no pass, and what has a graph cannot be copied.
+        return {**self.__dict__, "routing": None, "call": None}
+
+    def take(self, routing: Routing, call: Call) -> None:
+        """Note what the owner has decided."""
+        self.routing, self.call = routing, call
+
+    def weights(self, x: Tensor) -> Tensor:
+        """The owner's gates (T, E), for a linear that reads x (..., in).
+
+        Raises:
+            ConfigError: the owner has not run in this pass, or saw other tokens.
+        """
+        call = self.owner.shared.call.call
+        # A layer that is called by itself has no call to go by.
+        is_stale = self.call is not call and call.shape is not None
+        if self.routing is None or is_stale:
+            raise ConfigError(
+                f"A target module of site {self.site!r} ran before {self.name}, which decides for "
+                f"it; name the one that runs first by {self.option}."
+            )
+        tokens = x.numel() // max(x.shape[-1], 1)
+        weights_TE = self.routing.weights
+        if len(weights_TE) != tokens:
+            raise ConfigError(
+                f"A target module of site {self.site!r} got {tokens} tokens, but {self.name}, "
+                f"which decides for it, {len(weights_TE)}; leave it out by exclude_modules."
+            )
+        return weights_TE

@@ -207,11 +207,11 @@ class MoeLoraLinear(RoutedLayer):
     def tensors(self, adapter: str = "default") -> dict[str, Tensor]:
         """The adapter's expert tensors by name: "A", "B" and what else the expert kind has."""
         found: dict[str, Tensor] = {}
-        for name, container in (("A", self.moelora_A), ("B", self.moelora_B)):
-            if adapter in container:
-                found[name] = cast(Tensor, container[adapter].weight)
-        if adapter in self.moelora_extra:
-            extra = self.moelora_extra[adapter]
+        if (factors := self.part("moelora_A", adapter)) is not None:
+            found["A"] = cast(Tensor, factors.weight)
+        if (factors := self.part("moelora_B", adapter)) is not None:
+            found["B"] = cast(Tensor, factors.weight)
+        if (extra := self.part("moelora_extra", adapter)) is not None:
             found.update(extra.named_parameters())
             found.update(extra.named_buffers())
         return found
@@ -220,23 +220,22 @@ class MoeLoraLinear(RoutedLayer):
         """Map (..., in) to (..., out) in the base output's dtype."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        base = self._base_output(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
-            return base
-        result = base
-        for adapter in self.active_adapters:
-            if adapter in self.moelora_mixture:
-                result = self._mixed_output(x, adapter, base, onto=result)
+            output: Tensor = self.base_layer(x, *args, **kwargs)
+            return output
+        adapters = [name for name in self.active_adapters if name in self.moelora_mixture]
+        result = base = self._base_output(x, adapters, *args, **kwargs)
+        for adapter in adapters:
+            result = self._mixed_output(x, adapter, base, onto=result)
         return result.to(base.dtype)
 
-    def _base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """What the base makes of x, from the gate source where that has it for less."""
-        if not self.disable_adapters:
-            for adapter in self.active_adapters:
-                source = self.moelora_gate_source.get(adapter)
-                base = None if source is None else source.base_output(self, x)
-                if base is not None:
-                    return base
+    def _base_output(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        """What the base makes of x, from a gate source where that has it for less."""
+        for adapter in adapters:
+            source = self.moelora_gate_source.get(adapter)
+            base = None if source is None else source.base_output(self, x)
+            if base is not None:
+                return base
         output: Tensor = self.base_layer(x, *args, **kwargs)
         return output
 
@@ -250,23 +249,30 @@ class MoeLoraLinear(RoutedLayer):
         """One adapter's update, added to `onto` where that is given: the output so far."""
         mixture = self.moelora_mixture[adapter]
         tensors = self.tensors(adapter)
-        x = self._cast_input_dtype(x, next(iter(tensors.values())).dtype)
-        x_TI = x.reshape(-1, self.in_features)
-        dropped_TI = self.moelora_dropout[adapter](x_TI)
-        inputs = ExpertInput(
-            dropped_TI, base.reshape(-1, self.out_features), self._float_base_weight, self.training
-        )
+        dtype = next(iter(tensors.values())).dtype
         source = self.moelora_gate_source.get(adapter)
+        matrix = None if source is not None else self.gate_matrix(adapter)
+        if matrix is not None and matrix.dtype != dtype:
+            matrix = None
+        dropout = self._dropout(adapter)
+        x_TI = x.reshape(-1, self.in_features)
+        selected = self._selected(adapter)
+        by_groups = selected is not None and mixture.experts.by_groups(x_TI, selected)
+        projection = None
+        if not by_groups:
+            projection = mixture.experts.project(tensors, x_TI, matrix, dropout, self.training)
+        product = None if projection is None else projection.logits
+        if projection is None:
+            x_TI = self._cast_input_dtype(x_TI, dtype)
+            dropped_TI = torch.dropout(x_TI, dropout, True) if dropout else x_TI
+        else:
+            dropped_TI = x_TI  # not read again
+        if product is None or self._router(adapter).reads_input:
+            x = self._cast_input_dtype(x, dtype)
+
         routing: Routing | None
         if source is None:
-            # The gate is not subject to dropout.
-            matrix = self.gate_matrix(adapter) if dropped_TI is x_TI else None
-            projection = None
-            if matrix is not None and matrix.dtype == x_TI.dtype:
-                projection = mixture.experts.project(tensors, inputs, matrix)
-            product = None if projection is None else projection.logits
             routing = self.route(x, adapter, tensors.get("A"), product)
-            inputs = replace(inputs, projection=projection)
             weights_TE = routing.weights
         else:
             weights_TE = source.gates(self, adapter, x)
@@ -277,12 +283,17 @@ class MoeLoraLinear(RoutedLayer):
             self.moelora_gate_rescale[adapter],
             mixture.scope,
         )
+        base_TO = base.reshape(-1, self.out_features)
+        inputs = ExpertInput(
+            dropped_TI, base_TO, self._float_base_weight, self.training, projection, by_groups
+        )
         if onto is None:
             mixed_TO = mixture.experts.update(tensors, inputs, gates)
         else:
             onto_TO = onto.reshape(-1, self.out_features)
             mixed_TO = mixture.experts.add_update(onto_TO, tensors, inputs, gates)
         if "offset_A" in tensors:
+            x_TI = self._cast_input_dtype(x_TI, dtype)
             mixed_TO = mixed_TO - x_TI @ tensors["offset_A"].T @ tensors["offset_B"].T
         if routing is not None and self.moelora_aux_losses[adapter]:
             loss_input = self.loss_input(routing, x)
@@ -294,6 +305,20 @@ class MoeLoraLinear(RoutedLayer):
                 )
             mixed_TO = self.enter_losses(mixed_TO, loss_input, adapter)
         return mixed_TO.view(*x.shape[:-1], self.out_features)
+
+    def _dropout(self, adapter: str) -> float:
+        """Probability that an entry of x is dropped now; TRL sets it to 0 on the module."""
+        module = self.part("moelora_dropout", adapter)
+        return module.p if isinstance(module, nn.Dropout) and module.training else 0.0
+
+    def _selected(self, adapter: str) -> float | None:
+        """How many experts a token has on average; None where that is not known."""
+        source = self.moelora_gate_source.get(adapter)
+        selected = (self._router(adapter) if source is None else source).experts_per_row
+        universal = self.moelora_mixture[adapter].universal
+        if selected is None or universal == "complement":  # which may be 0, and still learns
+            return None
+        return selected + 1 if universal == "one" else selected
 
     def expert_weights(self, adapter: str = "default") -> list[tuple[Tensor, Tensor]]:
         """One (A_i (r_i, in), B_i (out, r_i)) per expert: writable views without gradient."""
@@ -481,7 +506,8 @@ def _expert_outputs(
     x_TI: Tensor, tensors: Mapping[str, Tensor], mixture: Mixture, index_M: Tensor
 ) -> Tensor:
     """Each expert's own output s B_i A_i x (M, E, O) for some tokens, without dropout."""
-    return mixture.experts.outputs(tensors, x_TI[index_M], mixture.scaling)
+    x_MI = x_TI[index_M].to(next(iter(tensors.values())).dtype)
+    return mixture.experts.outputs(tensors, x_MI, mixture.scaling)
 
 
 def _with_universal(weights: Tensor, universal: str) -> Tensor:

@@ -5,7 +5,6 @@ Shape suffixes: T tokens, E experts.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import cast
 
 import torch
@@ -23,6 +22,7 @@ from ..routers.modifiers import MODIFIERS, RouterModifiers
 from ..routers.scores import SCORES, Score
 from ..types import GateRescale, LayerPlan, Routing
 from .aux_loss import AuxLosses, WeightedLoss, weighted_losses
+from .gate_source import Decision
 
 
 class Shared:
@@ -43,7 +43,12 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
     """
 
     router_layer_names = ("moelora_gate", "moelora_router", "moelora_modifiers")
-    router_param_names = ("moelora_input", "moelora_aux_losses", "moelora_gate_rescale")
+    router_param_names = (
+        "moelora_input",
+        "moelora_aux_losses",
+        "moelora_gate_rescale",
+        "moelora_decision",
+    )
 
     def __init__(self, shared: Shared) -> None:
         super().__init__()
@@ -55,6 +60,8 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         self.moelora_aux_losses: dict[str, tuple[WeightedLoss, ...]] = {}
         # The exponent of the gates that are applied here, by adapter.
         self.moelora_gate_rescale: dict[str, GateRescale] = {}
+        # Where decisions are noted that other layers follow, by adapter.
+        self.moelora_decision: dict[str, Decision] = {}
         self._disable_adapters = False
         self.merged_adapters = []
         # Kept only while `analysis.routing_statistics` (or whoever sets the flag) asks for it.
@@ -158,6 +165,14 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
             return None
         return self._score(adapter).matrix()
 
+    def part(self, kind: str, adapter: str) -> nn.Module | None:
+        """An adapter's module in the container `kind`, None where it has none there.
+
+        Past nn.Module's and nn.ModuleDict's own access, which a decoded token would feel.
+        """
+        container = cast(nn.ModuleDict, self._modules[kind])
+        return container._modules.get(adapter)
+
     def route(
         self, x: Tensor, adapter: str, a: Tensor | None = None, product: Tensor | None = None
     ) -> Routing:
@@ -169,14 +184,16 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
             a: the experts' stacked A (R, in), for scores that read it.
             product: x times `gate_matrix` (T, E), where that is there already.
         """
-        rows = self.moelora_input[adapter].rows(x, self.shared.call.call)
-        if product is not None:
-            rows = replace(rows, product=product)
+        call = self.shared.call.call
+        rows = self.moelora_input[adapter].rows(x, call)
+        rows.product = product
         routing: Routing = self._router(adapter)(
             rows, self._score(adapter), self._modifiers(adapter), a
         )
         if rows.row_of_token is not None:
             routing = routing.rows(rows.row_of_token)
+        if (decision := self.moelora_decision.get(adapter)) is not None:
+            decision.take(routing, call)
         if self.record_routing:
             self.last_routing[adapter] = routing.detach()
         return routing
@@ -263,10 +280,10 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         ]
 
     def _router(self, adapter: str) -> Router:
-        return cast(Router, self.moelora_router[adapter])
+        return cast(Router, self.part("moelora_router", adapter))
 
     def _score(self, adapter: str) -> Score:
-        return cast(Score, self.moelora_gate[adapter])
+        return cast(Score, self.part("moelora_gate", adapter))
 
     def _modifiers(self, adapter: str) -> RouterModifiers:
-        return cast(RouterModifiers, self.moelora_modifiers[adapter])
+        return cast(RouterModifiers, self.part("moelora_modifiers", adapter))

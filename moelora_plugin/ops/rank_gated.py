@@ -32,32 +32,40 @@ def rank_gated(
     return mix(project(x_TI, a), b, gates, expert_of_rank_R, shared)
 
 
-def project(x_TI: Tensor, a: Tensor, gate_EI: Tensor | None = None) -> Projection:
-    """z = x A^T, and a linear gate's logits x G^T with it.
+def project(
+    x_TI: Tensor, a: Tensor, gate_EI: Tensor | None = None, dropout: float = 0.0
+) -> Projection:
+    """The product z = dropout(x) A^T, and a linear gate's logits x G^T with it.
 
     With a gate, A and G are multiplied as one matrix, in the backward too: x is read once for both,
     and its gradient is written once. That costs a copy of A and G and saves reading x, so it pays
-    where there are more tokens than rows of A and G; with fewer the products are apart.
+    where there are more tokens than rows of A and G; with fewer the products are apart, and so they
+    are under dropout, which the gate does not see.
+
+    What is kept for the backward is x as it came, which other layers keep as well, and dropout's
+    mask; not its copy in A's dtype, nor the dropped one.
 
     Args:
-        x_TI: inputs, dropout already applied (T, I).
+        x_TI: inputs (T, I).
         a: the experts' A, stacked along the rank (R, I), or one A (r, I) that they share.
-        gate_EI: the gate's weight.
+        gate_EI: the gate's weight, in A's dtype.
+        dropout: probability that an entry of x is dropped on its way to the experts.
 
     Returns:
-        z and the logits, in the common dtype of x and A. Under autocast that is the autocast dtype.
+        z and the logits, in A's dtype. Under autocast that is the autocast dtype.
     """
     device_type = x_TI.device.type
     if torch.is_autocast_enabled(device_type):
         # Autocast stops at a custom Function's border, so what `linear` would do happens here,
         # differentiably.
         dtype = torch.get_autocast_dtype(device_type)
-        x_TI, a = x_TI.to(dtype), a.to(dtype)
-        gate_EI = None if gate_EI is None else gate_EI.to(dtype)
+        a, gate_EI = a.to(dtype), None if gate_EI is None else gate_EI.to(dtype)
     if not torch.is_grad_enabled():
-        return Projection(*_project(x_TI, a, gate_EI))
+        x_TI = x_TI.to(a.dtype)
+        dropped_TI = torch.dropout(x_TI, dropout, True) if dropout else x_TI
+        return Projection(*_products(dropped_TI, x_TI, a, gate_EI))
     z_TP, z_of_x_TP, logits_TE = _Project.apply(  # type: ignore[no-untyped-call]
-        x_TI, a, gate_EI
+        x_TI, a, gate_EI, dropout
     )
     return Projection(z_TP, logits_TE, z_of_x_TP)
 
@@ -70,16 +78,16 @@ def mix(
     shared: Shared = "none",
     onto_TO: Tensor | None = None,
 ) -> Tensor:
-    """s (z * spread(g)) B^T, whatever the number of experts.
+    """The update s (z * spread(g)) B^T, whatever the number of experts.
 
     The value is eq. 8 of arXiv 2502.15828. In the backward, A and B see g^p in place of g (p = 1,
     1/2 or 0 on selected experts), the gates always receive their ordinary gradient <B^T dy, A x>
     per expert, and x receives the true gradient (scope "weights", eq. 13) or the surrogate (scope
     "output", Algorithm 1).
 
-    The scale s is multiplied into the gates, which are the smallest of all factors; but for a
-    single expert, where it multiplies the (T, O) product as in PEFT's LoRA: with gate 1 that is
-    LoRA bit for bit.
+    The last product is added to the base's output and scaled in the same pass, and in the backward
+    the scale goes into the gates, the smallest of all factors. Not so for a single expert, where s
+    multiplies (T, O) tensors in PEFT's order: with gate 1 that is LoRA bit for bit.
 
     Args:
         projection: z (T, P), of `project`.
@@ -115,17 +123,19 @@ def mix(
     return out
 
 
-def _project(x_TI: Tensor, a: Tensor, gate_EI: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _products(
+    dropped_TI: Tensor, x_TI: Tensor, a: Tensor, gate_EI: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     if gate_EI is None:
-        return linear(x_TI, a), None
-    if len(x_TI) < len(a) + len(gate_EI):
-        return linear(x_TI, a), linear(x_TI, gate_EI)
+        return linear(dropped_TI, a), None
+    if dropped_TI is not x_TI or x_TI.shape[0] < a.shape[0] + gate_EI.shape[0]:
+        return linear(dropped_TI, a), linear(x_TI, gate_EI)
     both = linear(x_TI, torch.cat([a, gate_EI]))
-    return both[:, : len(a)], both[:, len(a) :]
+    return both[:, : a.shape[0]], both[:, a.shape[0] :]
 
 
 class _Project(torch.autograd.Function):
-    """Saves x, A and G.
+    """Saves x, A, G and the mask.
 
     Its second result has the shape of z and no values or storage. It is there for its gradient: x
     receives that one, and A the gradient of z.
@@ -133,11 +143,16 @@ class _Project(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_TI: Tensor, a: Tensor, gate_EI: Tensor | None
+        ctx: Any, x_TI: Tensor, a: Tensor, gate_EI: Tensor | None, dropout: float
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x_TI, a, gate_EI)
-        z_TP, logits_TE = _project(x_TI, a, gate_EI)
+        wide_TI, mask_TI = x_TI.to(a.dtype), None
+        dropped_TI = wide_TI
+        if dropout:
+            dropped_TI, mask_TI = torch.native_dropout(wide_TI, dropout, True)
+        ctx.save_for_backward(x_TI, a, gate_EI, mask_TI)
+        ctx.kept_scale = 0.0 if dropout == 1.0 else 1.0 / (1.0 - dropout)
+        z_TP, logits_TE = _products(dropped_TI, wide_TI, a, gate_EI)
         z_of_x_TP = z_TP.new_empty(()).expand_as(z_TP) if ctx.needs_input_grad[0] else None
         return z_TP, z_of_x_TP, logits_TE
 
@@ -149,31 +164,41 @@ class _Project(torch.autograd.Function):
         grad_z_of_x: Tensor | None,
         grad_logits: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        x_TI, a, gate_EI = ctx.saved_tensors
-        needs_x, needs_a, needs_gate = ctx.needs_input_grad
+        x_TI, a, gate_EI, mask_TI = ctx.saved_tensors
+        needs_x, needs_a, needs_gate, _ = ctx.needs_input_grad
+        wide_TI = x_TI.to(a.dtype)
         grad_x = grad_a = grad_gate = None
-        if needs_a and needs_gate and grad_z is not None and grad_logits is not None:
-            grad_both = torch.cat([grad_z, grad_logits], -1).T @ x_TI
-            grad_a, grad_gate = grad_both[: len(a)], grad_both[len(a) :]
+
+        if needs_a and needs_gate and (both := _joined(grad_z, grad_logits, mask_TI)) is not None:
+            grad_a, grad_gate = (both.T @ wide_TI).tensor_split([len(a)])
         else:
             if needs_a and grad_z is not None:
-                grad_a = grad_z.T @ x_TI
+                dropped_TI = wide_TI if mask_TI is None else wide_TI * mask_TI * ctx.kept_scale
+                grad_a = grad_z.T @ dropped_TI
             if needs_gate and grad_logits is not None:
-                grad_gate = grad_logits.T @ x_TI
-        if needs_x:
-            if grad_z_of_x is not None and grad_logits is not None:
-                both = torch.cat([grad_z_of_x, grad_logits], -1)
-                grad_x = both @ torch.cat([a, gate_EI])
-            elif grad_z_of_x is not None:
+                grad_gate = grad_logits.T @ wide_TI
+
+        if needs_x and (both := _joined(grad_z_of_x, grad_logits, mask_TI)) is not None:
+            grad_x = both @ torch.cat([a, gate_EI])
+        elif needs_x:
+            if grad_z_of_x is not None:
                 grad_x = grad_z_of_x @ a
-            elif grad_logits is not None:
-                grad_x = grad_logits @ gate_EI
-        return grad_x, grad_a, grad_gate
+                if mask_TI is not None:
+                    grad_x = grad_x.mul_(mask_TI).mul_(ctx.kept_scale)
+            if grad_logits is not None:
+                of_gate = grad_logits @ gate_EI
+                grad_x = of_gate if grad_x is None else grad_x.add_(of_gate)
+        grad_x = None if grad_x is None else grad_x.to(x_TI.dtype)
+        return grad_x, grad_a, grad_gate, None
 
 
-def _scales(scaling: float, weights_TE: Tensor) -> tuple[float, float]:
-    """What the gates and what the (T, O) product are multiplied with; see `mix`."""
-    return (1.0, scaling) if weights_TE.shape[-1] == 1 else (scaling, 1.0)
+def _joined(
+    grad_z: Tensor | None, grad_logits: Tensor | None, mask_TI: Tensor | None
+) -> Tensor | None:
+    """The gradients of z and the logits side by side, where one product with x serves both."""
+    if grad_z is None or grad_logits is None or mask_TI is not None:
+        return None
+    return torch.cat([grad_z, grad_logits], -1)
 
 
 def _mix(
@@ -185,16 +210,12 @@ def _mix(
     shared: Shared,
     onto_TO: Tensor | None,
 ) -> Tensor:
-    inner, outer = _scales(scaling, weights_TE)
-    h = _gate_ranks(z_TP, weights_TE * inner, expert_of_rank_R, shared)
-    update_TO = linear(h, b)
-    if outer != 1.0:
-        update_TO = update_TO * outer
+    h = _gate_ranks(z_TP, weights_TE, expert_of_rank_R, shared)
     if onto_TO is None:
-        return update_TO
-    if torch.promote_types(update_TO.dtype, onto_TO.dtype) != update_TO.dtype:
-        return onto_TO + update_TO
-    return update_TO.add_(onto_TO)
+        return linear(h, b) * scaling
+    if weights_TE.shape[-1] == 1 or onto_TO.dtype != h.dtype:
+        return onto_TO + linear(h, b) * scaling
+    return torch.addmm(onto_TO, h, b.T, alpha=scaling)
 
 
 _ADJOINT: dict[Shared, Shared] = {"none": "none", "a": "b", "b": "a"}
@@ -236,11 +257,12 @@ class _Mix(torch.autograd.Function):
         shared, rescale = ctx.shared, ctx.gate_rescale
         # The gating's adjoint sums where the gating spreads, and the other way round.
         adjoint = _ADJOINT[shared]
-        inner, outer = _scales(ctx.scaling, weights_TE)
+        is_lora = weights_TE.shape[-1] == 1
+        inner, outer = (1.0, ctx.scaling) if is_lora else (ctx.scaling, 1.0)
         grad_onto = grad_TO.to(ctx.onto_dtype) if needs_onto else None
 
         grad_TO = grad_TO.to(b.dtype)
-        if outer != 1.0:
+        if is_lora:
             grad_TO = grad_TO * outer
         grad_h = grad_TO @ b  # gradient of the gated z, before any gate
         grad_z = grad_z_of_x = grad_b = grad_gates = None

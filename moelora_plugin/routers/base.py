@@ -147,6 +147,15 @@ class Router(nn.Module, ABC):
         """The gates (E,) where they are the same whatever the logits are; else None."""
         return None
 
+    @property
+    def experts_per_row(self) -> float | None:
+        """How many experts a row has on average, if the others learn nothing from it; else None.
+
+        They are the ones with gate 0, and what closed them passes no gradient: a mask does not, a
+        straight-through estimate does. None where the number follows from the logits.
+        """
+        return None
+
     def one_expert(self) -> Tensor | None:
         """The gates where there is one expert and its share is always the whole; else None."""
         return torch.ones(1) if self.plan.num_experts == 1 else None

@@ -67,6 +67,11 @@ class ExpertChoiceRouter(Router):
         taken_BSE = (place_BSE < capacity_B[:, None, None]) & real_BS.unsqueeze(-1)
         return probs_NE * taken_BSE.flatten(0, 1).to(probs_NE.dtype), None
 
+    @property
+    def experts_per_row(self) -> float:
+        """The capacity factor, which is what it says."""
+        return self.capacity_factor
+
     def fixed_weights(self) -> Tensor | None:
         """One expert that takes every row always has gate 1."""
         return self.one_expert() if self.capacity_factor >= 1 else None

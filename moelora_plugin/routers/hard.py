@@ -55,6 +55,11 @@ class HardRouter(Router):
             weights_NE = weights_NE + (probs_NE - probs_NE.detach())
         return weights_NE, ids_N1
 
+    @property
+    def experts_per_row(self) -> float | None:
+        """One, unless the gates' backward is that of all probabilities."""
+        return None if self.straight_through else 1
+
     def fixed_weights(self) -> Tensor | None:
         """One expert always has gate 1."""
         return self.one_expert()

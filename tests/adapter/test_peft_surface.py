@@ -323,7 +323,11 @@ def test_two_active_adapters_add_up():
     logits(model)
     model(input_ids=IDS).logits.sum().backward()
     assert len(trainable_names(model)) == 8 * 3
-    assert all(p.grad.count_nonzero() for p in model.parameters() if p.requires_grad)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            # The second selects one expert, whose share is the whole whatever the logits are.
+            is_constant = "moelora_gate.second" in name
+            assert bool(parameter.grad.count_nonzero()) != is_constant, name
 
 
 def test_a_deleted_adapter_leaves_the_other_alone():

@@ -165,7 +165,7 @@ def test_towers_have_layers_of_their_own():
 def test_the_decision_is_of_the_same_pass():
     net = adapted()
     layer, x = net.layers[0], torch.randn(1, T, H, dtype=torch.float64)
-    with pytest.raises(ConfigError, match=r"ran before layers\.0\.one, which decides for its lay"):
+    with pytest.raises(ConfigError, match=r"ran before layers\.0\.one, which decides for it"):
         layer.two(torch.randn(1, T, 8, dtype=torch.float64))
     net(x)
     with pytest.raises(ConfigError, match=r"got 3 tokens, but layers\.0\.one, which decides"):

@@ -197,6 +197,22 @@ def test_gradients_reach_the_gate_and_the_router_and_nothing_else(case):
 
 
 @each_case
+def test_closed_gates_learn_nothing_where_the_number_of_experts_is_declared(case):
+    for training in MODES:
+        parts = case.make().train(training)
+        routing = parts.route(rows())
+        closed = routing.weights == 0
+        if parts.router.experts_per_row is None or not routing.weights.requires_grad:
+            continue
+        assert (~closed).sum() <= (parts.router.experts_per_row + 0.5) * ROWS  # rounded per expert
+        learned = [parts.weight, *parts.router.parameters()]
+        factors = torch.randn(ROWS, EXPERTS, dtype=torch.float64)
+        of_closed = (routing.weights * closed * factors).sum()
+        grads = torch.autograd.grad(of_closed, learned, allow_unused=True)
+        assert not any(grad is not None and grad.any() for grad in grads)
+
+
+@each_case
 def test_experts_may_change_places(case):
     parts = case.make().train(False)
     x, order = rows(), torch.randperm(EXPERTS)

@@ -11,11 +11,10 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from ...call import Call
 from ...config import MoeLoraConfig
 from ...errors import ConfigError
 from ...types import LayerPlan, Place, Routing
-from ..gate_source import AlwaysOn, GateSource
+from ..gate_source import AlwaysOn, Decision, GateSource
 from ..linear import MoeLoraLinear
 from ..routed import RoutedLayer, Shared
 from .base import Site
@@ -100,32 +99,12 @@ class LayerSite(Site):
         for names in self.members.values():
             owner = model.get_submodule(names[0])
             assert isinstance(owner, MoeLoraLinear)
-            decision = LayerDecision(owner, names[0])
+            decision = Decision(owner, names[0], "layer", "site_kwargs={'owner': ...}")
+            owner.moelora_decision[adapter] = decision
             for column, name in enumerate(names):
                 linear = model.get_submodule(name)
                 assert isinstance(linear, MoeLoraLinear)
                 linear.moelora_gate_source[adapter] = LayerGates(decision, column)
-
-
-class LayerDecision:
-    """What the owner of a layer has decided in the pass that is going on.
-
-    Attributes:
-        owner: the module with the router.
-        name: its name, for messages.
-        routing: its last decision, with its graph.
-        call: the model's call that it belongs to.
-    """
-
-    def __init__(self, owner: MoeLoraLinear, name: str) -> None:
-        self.owner = owner
-        self.name = name
-        self.routing: Routing | None = None
-        self.call: Call | None = None
-
-    def __getstate__(self) -> dict[str, object]:
-        # A copy of the model is in no pass, and what has a graph cannot be copied.
-        return {**self.__dict__, "routing": None, "call": None}
 
 
 @dataclass
@@ -137,33 +116,14 @@ class LayerGates(GateSource):
         column: which of them this one is; 0 for the owner.
     """
 
-    decision: LayerDecision
+    decision: Decision
     column: int
 
     def gates(self, linear: MoeLoraLinear, adapter: str, x: Tensor) -> Tensor:
-        """This module's column (T, 1); the owner decides anew.
-
-        Raises:
-            ConfigError: the owner has not run in this pass, or saw other tokens.
-        """
-        decision, call = self.decision, linear.shared.call.call
+        """This module's column (T, 1); the owner decides anew."""
         if self.column == 0:
-            decision.routing, decision.call = linear.route(x, adapter), call
-        tokens = x.numel() // max(x.shape[-1], 1)
-        # A layer that is called by itself has no call to go by.
-        is_stale = decision.call is not call and call.shape is not None
-        if decision.routing is None or is_stale:
-            raise ConfigError(
-                f"A target module of site 'layer' ran before {decision.name}, which decides for "
-                "its layer; name the one that runs first by site_kwargs={'owner': ...}."
-            )
-        weights_TE = decision.routing.weights
-        if len(weights_TE) != tokens:
-            raise ConfigError(
-                f"A target module of site 'layer' got {tokens} tokens, but {decision.name}, which "
-                f"decides for its layer, {len(weights_TE)}; leave it out by exclude_modules."
-            )
-        return weights_TE[:, self.column : self.column + 1]
+            linear.route(x, adapter)
+        return self.decision.weights(x)[:, self.column : self.column + 1]
 
     def routing(self, linear: MoeLoraLinear, adapter: str) -> Routing | None:
         """The owner enters the losses."""

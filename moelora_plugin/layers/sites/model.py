@@ -216,7 +216,7 @@ class _TwoPasses:
             inputs = replace(
                 owner.loss_input(routing, hidden_BSH), real=_repeat(real_T, self.layers)
             )
-        return replace(routing, weights=owner.enter_losses(routing.weights, inputs, adapter))
+        return routing.with_weights(owner.enter_losses(routing.weights, inputs, adapter))
 
     def _route_layerwise(self, hidden_BSH: Tensor) -> Routing:
         """The score gives L times E logits to a row; each E of them are decided about apart."""

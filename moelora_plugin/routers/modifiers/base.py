@@ -79,6 +79,9 @@ class RouterModifiers(nn.Module):
             for name, tensor in modifier.buffers().items():
                 self.register_buffer(name, tensor)
 
+    def __bool__(self) -> bool:
+        return bool(self.modifiers)
+
     @property
     def mixes_rows(self) -> bool:
         """Whether one of them does."""
