@@ -11,6 +11,7 @@ PYTEST_ARGS ?= -n 2
 HOSTS_ARGS ?= -n 2 --dist loadfile
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 DEMO_ARGS ?=
+BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow test-hosts test-data methods-table lint format type imports check wheel bench clean
@@ -81,9 +82,8 @@ wheel: $(INSTALLED)  ## Build dist/moelora-*.whl
 	rm -rf build/lib dist
 	$(BIN)/python -m build --wheel
 
-bench: $(INSTALLED)  ## Time the layer beside PEFT's LoRA and a loop over experts, and the start-up
-	$(BIN)/python benchmarks/layer.py
-	$(BIN)/python benchmarks/startup.py
+bench: $(INSTALLED)  ## Measure speed and memory beside LoRA and others: table and build/bench.json (BENCH_ARGS="--quick")
+	$(BIN)/python benchmarks/run.py --json build/bench.json $(BENCH_ARGS)
 
 clean:  ## Remove builds and tool caches (not .venv)
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

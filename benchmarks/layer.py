@@ -1,131 +1,123 @@
-"""Time of one adapted layer, forward and backward, the base's own time subtracted.
+"""Time of one adapted layer, forward and backward, the base's own time taken off.
 
-    python benchmarks/layer.py [--tokens 512] [--width 2048] [--repeats 60] [--json FILE]
+    python benchmarks/layer.py [--tokens 512 1024] [--rounds 60] [--quick]
 
-Side by side in one process, interleaved, medians: our layer at n/k/r = 20/10/4, PEFT's LoRA of the
-same total rank (the limit), and one Python loop over the experts as published implementations have
-it. Ratios are what counts; the times are this machine's.
+A linear 2048 wide with our mixture (20 experts of rank 4, 10 selected) beside PEFT's LoRA of the
+same total rank, which is the limit, and the two ways in which published code computes a mixture:
+a loop over the experts, and an einsum over stacked experts with one output for each of them.
+MoE-PEFT runs in an environment of its own (`moepeft.py`), PEFT's X-LoRA needs a whole model
+(`step.py`).
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
+import functools
+from collections.abc import Sequence
 
 import torch
-from peft import LoraConfig, get_peft_model
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
-from torch import nn
+from report import run
+from subjects import (
+    EXPERTS,
+    RANK,
+    TOP_K,
+    WIDTH,
+    Base,
+    adapted,
+    forward_backward,
+    layer_input,
+    lora,
+    mixture,
+)
+from timing import Result, Settings, interleave, parser
+from torch import Tensor, nn
 
-from moelora_plugin import MoeLoraConfig
 from moelora_plugin.ops.reference import moe_lora_loop
 
-EXPERTS, TOP_K, RANK = 20, 10, 4
+SIZES = (512, 1024, 2048, 4096)
+LORA = f"LoRA r {EXPERTS * RANK}"
 
 
-class Base(nn.Module):
-    """A frozen linear, as in the middle of a model."""
+class Published(nn.Module):
+    """A mixture with its gates as published code computes them; how they mix is left open."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, base: Base, settings: Settings, width: int = WIDTH) -> None:
         super().__init__()
-        self.linear = nn.Linear(width, width, bias=False).requires_grad_(False)
+        self.base = base
+        self.gate = nn.Linear(width, EXPERTS, bias=False, device=settings.device)
+        self.a = nn.Parameter(torch.randn(EXPERTS * RANK, width, device=settings.device) / width)
+        self.b = nn.Parameter(torch.randn(width, EXPERTS * RANK, device=settings.device) / width)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map through the frozen weight."""
-        return self.linear(x)
-
-
-def candidates(width: int) -> dict[str, nn.Module | Callable[[torch.Tensor], torch.Tensor]]:
-    """The layers to time, by name; "base" is what is subtracted."""
-    torch.manual_seed(0)
-    ours = get_peft_model(
-        Base(width),
-        MoeLoraConfig(
-            r=RANK,
-            num_experts=EXPERTS,
-            top_k=TOP_K,
-            lora_dropout=0.0,
-            target_modules=["linear"],
-            gate_rescale="sqrt",
-        ),
-    )
-    lora = get_peft_model(
-        Base(width),
-        LoraConfig(r=EXPERTS * RANK, lora_alpha=EXPERTS * RANK, target_modules=["linear"]),
-    )
-    layer = ours.base_model.model.linear
-
-    def loop(x: torch.Tensor) -> torch.Tensor:
-        flat = x.flatten(0, -2)
-        gates = layer.route(flat, "default").weights
-        return layer.base_layer(x) + moe_lora_loop(
-            flat,
-            layer.moelora_A["default"].weight,
-            layer.moelora_B["default"].weight,
-            gates,
-            layer.moelora_mixture["default"].plan.ranks,
-            layer.moelora_mixture["default"].scaling,
-            "sqrt",
-            "output",
-        ).view_as(x)
-
-    return {"base": Base(width), "moelora": ours, "lora": lora, "loop": loop}
+    def gates(self, x_TI: Tensor) -> Tensor:
+        """Top-k of the softmax, renormalised: (T, E)."""
+        top, index = self.gate(x_TI).softmax(-1).topk(TOP_K)
+        top = top / top.sum(-1, keepdim=True)
+        return torch.zeros(len(x_TI), EXPERTS, device=x_TI.device, dtype=top.dtype).scatter(
+            -1, index, top
+        )
 
 
-def measure(tokens: int, width: int, repeats: int) -> dict[str, float]:
-    """Median seconds of forward plus backward for each candidate, interleaved."""
-    layers = candidates(width)
-    x = torch.randn(4, tokens // 4, width, requires_grad=True)
-    upstream = torch.randn(4, tokens // 4, width)
-    times: dict[str, list[float]] = {name: [] for name in layers}
-    for repeat in track(range(repeats + 3), description="timing", console=Console(stderr=True)):
-        for name, layer in layers.items():
-            x.grad = None
-            start = time.perf_counter()
-            layer(x).backward(upstream)
-            if repeat >= 3:  # the first rounds warm caches and the allocator
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+class Loop(Published):
+    """A loop over the experts, with the surrogate of gate rescaling spelled out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Base plus update."""
+        x_TI = x.flatten(0, -2)
+        update = moe_lora_loop(
+            x_TI, self.a, self.b, self.gates(x_TI), [RANK] * EXPERTS, 1.0, "sqrt", "output"
+        )
+        return self.base(x) + update.view_as(x)
 
 
-def main() -> None:
-    """Print the two ratios, and write them where asked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--width", type=int, default=2048)
-    parser.add_argument("--repeats", type=int, default=60)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+class Stacked(Published):
+    """Every expert's output at once, then their weighted sum. Suffixes: r rank of one, O out."""
 
-    medians = measure(options.tokens, options.width, options.repeats)
-    adapter = {name: value - medians["base"] for name, value in medians.items() if name != "base"}
-    ratios = {
-        "moelora / lora": adapter["moelora"] / adapter["lora"],
-        "loop / moelora": adapter["loop"] / adapter["moelora"],
+    def forward(self, x: Tensor) -> Tensor:
+        """Base plus update."""
+        x_TI = x.flatten(0, -2)
+        z_TEr = torch.einsum("ti,eri->ter", x_TI, self.a.unflatten(0, (EXPERTS, RANK)))
+        y_TEO = torch.einsum("ter,oer->teo", z_TEr, self.b.unflatten(1, (EXPERTS, RANK)))
+        update = torch.einsum("teo,te->to", y_TEO, self.gates(x_TI))
+        return self.base(x) + update.view_as(x)
+
+
+def measure(settings: Settings, sizes: Sequence[int] = (), width: int = WIDTH) -> Result:
+    """Adapter part of forward and backward for each number of tokens."""
+    base = Base(width).to(settings.device, settings.dtype)
+    layers = {
+        "base": base,
+        "moelora": adapted(base, mixture(["linear"], gate_rescale="sqrt"), settings),
+        LORA: adapted(base, lora(["linear"]), settings),
+        "loop over experts": Loop(base, settings, width),
+        "einsum over stacked experts": Stacked(base, settings, width),
     }
-    table = Table(
-        title=f"{EXPERTS}/{TOP_K}/{RANK}, {options.tokens} tokens, width {options.width}, fp32, "
-        f"{options.threads} threads: forward + backward"
-    )
-    for column in ("", "median ms", "adapter part ms"):
-        table.add_column(column, justify="left" if not column else "right")
-    for name, value in medians.items():
-        part = f"{1e3 * adapter[name]:.2f}" if name in adapter else ""
-        table.add_row(name, f"{1e3 * value:.2f}", part)
-    for name, value in ratios.items():
-        table.add_row(name, "", f"{value:.2f} x")
-    Console().print(table)
-    if options.json:
-        options.json.write_text(json.dumps({"medians": medians, "ratios": ratios}, indent=2) + "\n")
+    result = Result()
+    for tokens in sizes or (SIZES[:1] if settings.quick else SIZES):
+        x, upstream = layer_input(tokens, settings, width)
+        calls = {
+            name: forward_backward(layer, x, upstream, settings) for name, layer in layers.items()
+        }
+        times = interleave(
+            calls,
+            settings,
+            seldom=("loop over experts", "einsum over stacked experts"),
+            label=f"{tokens} tokens",
+        )
+        what = f"{tokens} tokens"
+        result.add(what, times)
+        result.comparisons += [
+            times.compare(what, "moelora", LORA, "base", at_most=1.15),
+            times.compare(
+                what, "moelora", "loop over experts", "base", theirs_over_ours=True, at_least=10
+            ),
+            times.compare(
+                what, "moelora", "einsum over stacked experts", "base", theirs_over_ours=True
+            ),
+        ]
+    return result
 
 
 if __name__ == "__main__":
-    main()
+    options = parser(__doc__)
+    options.add_argument("--tokens", type=int, nargs="+", default=[])
+    parsed = options.parse_args()
+    run({"layer": functools.partial(measure, sizes=parsed.tokens)}, parsed)

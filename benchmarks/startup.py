@@ -1,23 +1,18 @@
 """Time until `moelora --help` has answered, and what moelora adds to other packages' imports.
 
-    python benchmarks/startup.py [--repeats 15]
+    python benchmarks/startup.py [--rounds 15]
 
-Whole processes, interleaved, medians; on a busy machine the processor time is the one to look at.
-moelora must be installed. The suite does not time anything: it checks that these load no heavy
-library (tests/cli/test_startup.py, tests/test_imports.py).
+Whole processes, interleaved. moelora must be installed. The suite does not time anything: it checks
+that these load no heavy library (tests/cli/test_startup.py, tests/test_imports.py).
 """
 
 from __future__ import annotations
 
-import argparse
-import os
-import statistics
 import subprocess
 import sys
-import time
 
-from rich.console import Console
-from rich.table import Table
+from report import main
+from timing import Comparison, Result, Settings, interleave
 
 # That torch looks for entry points is no cost of ours: it looks, and finds none.
 WITHOUT = """
@@ -39,31 +34,53 @@ PROGRAMS = {
 }
 
 
-def seconds(program: str) -> tuple[float, float]:
-    """Wall and processor time of a fresh interpreter running `program`."""
-    start, before = time.perf_counter(), os.times()
-    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
-    wall, after = time.perf_counter() - start, os.times()
-    used = after.children_user + after.children_system
-    return wall, used - before.children_user - before.children_system
-
-
-def main() -> None:
-    """Print the medians."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=15)
-    repeats = parser.parse_args().repeats
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in PROGRAMS}
-    for _ in range(repeats):
-        for name, program in PROGRAMS.items():
-            times[name].append(seconds(program))
-    table = Table("median of", "wall s", "processor s")
-    for name, values in times.items():
-        table.add_row(
-            name, *(f"{statistics.median(kind):.2f}" for kind in zip(*values, strict=True))
+def measure(settings: Settings) -> Result:
+    """Seconds of fresh interpreters."""
+    if settings.device != "cpu":
+        return Result(left_out={"startup": "the same whatever the device; run it without --device"})
+    programs = {
+        name: program
+        for name, program in PROGRAMS.items()
+        if not (settings.quick and name.startswith("import torch"))
+    }
+    times = interleave(
+        {name: lambda p=program: interpreter(p) for name, program in programs.items()},
+        settings,
+        warm_up=1,
+        label="processes",
+    )
+    result = Result()
+    result.add("process", times)
+    peft = "import peft, without our entry point"
+    help_seconds = times.median("moelora --help")
+    result.comparisons = [
+        Comparison(
+            "moelora --help",
+            f"{help_seconds:.2f} s",
+            "",
+            "",
+            times.value("moelora --help"),
+            at_most=0.5,
+            unit="s",
+        ),
+        times.compare("import moelora_plugin", "import moelora_plugin", peft, at_most=1.05),
+        times.compare("import peft, with ours installed", "import peft", peft, at_most=1.05),
+    ]
+    if not settings.quick:
+        result.comparisons.append(
+            times.compare(
+                "import torch, with ours installed",
+                "import torch",
+                "import torch, without our entry point",
+            )
         )
-    Console().print(table)
+    return result
+
+
+def interpreter(program: str) -> None:
+    """Run a program in a fresh interpreter."""
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(measure, __file__, __doc__)

@@ -21,6 +21,7 @@ from . import (
     inspect_,
     launch,
     path,
+    plan,
     presets,
     search,
     tasks,
@@ -55,6 +56,7 @@ app = typer.Typer(
 )
 
 for _name, _function, _epilog in (
+    ("plan", plan.plan, plan.EXAMPLES),
     ("train", train.train, train.EXAMPLES),
     ("eval", evaluate.evaluate, evaluate.EXAMPLES),
     ("export", export.export, export.EXAMPLES),

@@ -1,0 +1,349 @@
+"""What an adapter will take on a base, before either has weights: `moelora plan`."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from accelerate import init_empty_weights
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.config import PeftConfig
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from ..base_model import HUB_ERRORS, default_device, resolve_dtype
+from ..call import ROUTING_IDS
+from ..config import MoeLoraConfig
+from ..errors import ConfigError, MissingDependencyError, first_line
+from ..layers import MoeLoraLinear
+from ..model import find_tuner, moelora_layers, routed_layers
+from .cost import StepCost, preconditioning_operations, step_cost
+from .plan_table import plan_table
+
+_ADAPTER = "default"
+# Tensors of a parameter's size and dtype that torch's own optimizers keep.
+_MOMENTS = {"rsgd": 0, "grsgd": 0, "radamw": 2, "gradamw": 2}
+
+
+@dataclass(frozen=True)
+class Step:
+    """The training step that is planned.
+
+    Attributes:
+        optimizer: a name of `build_optimizer`.
+        batch: sequences in a micro-batch.
+        length: tokens in each.
+        autocast: dtype of mixed precision, or None.
+        checkpointing: whether activations are computed again in the backward.
+    """
+
+    optimizer: str = "gradamw"
+    batch: int = 8
+    length: int = 256
+    autocast: str | None = None
+    checkpointing: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """In a micro-batch."""
+        return self.batch * self.length
+
+
+@dataclass(frozen=True)
+class AdaptedModules:
+    """Target modules of one name, one size and one allocation.
+
+    Attributes:
+        name: the last part of their names.
+        count: how many there are.
+        in_features: I.
+        out_features: O.
+        ranks: the rank of each expert.
+        top_k: experts selected for a token.
+    """
+
+    name: str
+    count: int
+    in_features: int
+    out_features: int
+    ranks: tuple[int, ...]
+    top_k: int
+
+
+@dataclass(frozen=True)
+class Use:
+    """What a model takes.
+
+    Attributes:
+        trainable: parameters that train.
+        weight_bytes: of the base and what was added to it.
+        added_bytes: of what was added, trained or not.
+        gradient_bytes: of all gradients.
+        optimizer_bytes: of the optimizer's state.
+        file_bytes: of the adapter's safetensors file, without its header.
+        step: of a training step; None where it depends on the data.
+    """
+
+    trainable: int
+    weight_bytes: int
+    added_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    file_bytes: int
+    step: StepCost | None
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """Weights, optimizer state and the most that a step holds besides."""
+        if self.step is None:
+            return None
+        return self.weight_bytes + self.optimizer_bytes + self.step.peak_bytes
+
+
+@dataclass(frozen=True)
+class AdapterPlan:
+    """An adapter on a base, beside the base alone and PEFT's LoRA of the same total rank.
+
+    Attributes:
+        base: its name.
+        dtype: of the base's weights.
+        base_parameters: how many it has.
+        config: the adapter's configuration.
+        at: the training step.
+        modules: what is adapted.
+        expert_parameters: parameters of experts that train.
+        router_parameters: parameters of routers that train.
+        frozen_entries: entries of the adapter's tensors that do not train.
+        preconditioning: operations per optimizer step, by eq. 6 of the paper.
+        alone: the base, frozen, its input differentiated.
+        lora: the base with LoRA.
+        ours: the base with the adapter.
+    """
+
+    base: str
+    dtype: str
+    base_parameters: int
+    config: MoeLoraConfig
+    at: Step
+    modules: tuple[AdaptedModules, ...]
+    expert_parameters: int
+    router_parameters: int
+    frozen_entries: int
+    preconditioning: int
+    alone: Use
+    lora: Use
+    ours: Use
+
+    @property
+    def added_activation_bytes(self) -> int | None:
+        """What the adapter makes a step keep for its backward, on top of the base's."""
+        if self.ours.step is None or self.alone.step is None:
+            return None
+        return self.ours.step.saved_bytes - self.alone.step.saved_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values; counts of parameters, operations and bytes are exact integers."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        del values["config"]
+        for key in ("at", "alone", "lora", "ours"):
+            values[key] = dataclasses.asdict(values[key])
+        for key in ("alone", "lora", "ours"):
+            values[key]["peak_bytes"] = getattr(self, key).peak_bytes
+        values["modules"] = [dataclasses.asdict(module) for module in self.modules]
+        values["added_activation_bytes"] = self.added_activation_bytes
+        return values
+
+    def table(self) -> Any:
+        """For the terminal."""
+        return plan_table(self)
+
+
+def plan_adapter(
+    base: str,
+    config: MoeLoraConfig,
+    at: Step | None = None,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+) -> AdapterPlan:
+    """Count what an adapter takes, on a model that has shapes only.
+
+    Args:
+        base: a folder or hub id, of which only the configuration is read.
+        config: the adapter's.
+        at: the training step.
+        revision: branch, tag or commit on the hub.
+        dtype: of the base's weights; "auto" as `load_base_model` has it on this machine.
+
+    Raises:
+        ConfigError: the base is no causal language model, or does not take the adapter.
+        MissingDependencyError: no such folder, and the hub cannot be reached or does not know it.
+    """
+    at = at or Step()
+    shape = base_config(base, revision)
+    resolved = resolve_dtype(dtype, default_device())
+    if resolved == "auto":
+        resolved = shape.dtype or torch.float32
+    assert isinstance(resolved, torch.dtype)
+
+    adapted = adapt_empty(shape, config, resolved)
+    layers = moelora_layers(adapted)
+    plans = {name: layer.moelora_mixture[_ADAPTER].plan for name, layer in layers.items()}
+    routers = {id(p) for m in routed_layers(adapted).values() for p in m.gate_parameters()}
+    experts = [
+        p
+        for layer in layers.values()
+        for p in layer.tensors(_ADAPTER).values()
+        if isinstance(p, nn.Parameter) and p.requires_grad
+    ]
+    pairs = [pair for layer in layers.values() for pair in layer.expert_pairs()]
+    alone = empty_base(shape, resolved)
+    alone.requires_grad_(False)
+    ranks = {_inner(name): plan.total_rank for name, plan in plans.items()}
+    lora = adapt_empty(shape, _lora(ranks, config.lora_dropout), resolved)
+    base_bytes = _bytes(alone.parameters())
+    return AdapterPlan(
+        base=base,
+        dtype=str(resolved).removeprefix("torch."),
+        base_parameters=_numel(alone.parameters()),
+        config=config,
+        at=at,
+        modules=_modules(layers),
+        expert_parameters=_numel(experts),
+        router_parameters=sum(p.numel() for p in adapted.parameters() if id(p) in routers),
+        frozen_entries=_numel(_own_buffers(adapted)),
+        preconditioning=preconditioning_operations(pairs),
+        # Last: counting a step makes a model useless for anything else.
+        alone=_use(alone, base_bytes, at),
+        lora=_use(lora, base_bytes, at),
+        ours=_use(adapted, base_bytes, at),
+    )
+
+
+def base_config(name: str, revision: str | None = None) -> PretrainedConfig:
+    """The configuration of a base; nothing else of it is read.
+
+    Raises:
+        ConfigError: the folder holds none that transformers knows.
+        MissingDependencyError: no such folder, and the hub cannot be reached or does not know it.
+    """
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(name, revision=revision)
+    except (*HUB_ERRORS, ValueError) as error:
+        if os.path.isdir(name):
+            raise ConfigError(
+                f"Cannot read the configuration of a model from {name} ({first_line(error)}); "
+                "pass the folder of a causal language model with --model."
+            ) from error
+        raise MissingDependencyError(
+            f"Base model {name!r} is not a folder and its config.json cannot be had from the hub; "
+            "pass the path of a folder that holds one (model.name in a recipe, --model on the "
+            "command line)."
+        ) from error
+    return config
+
+
+def empty_base(shape: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
+    """A causal language model without weights.
+
+    Raises:
+        ConfigError: the configuration is of something else.
+    """
+    try:
+        with init_empty_weights():
+            model: nn.Module = AutoModelForCausalLM.from_config(copy.deepcopy(shape), dtype=dtype)
+    except ValueError as error:
+        raise ConfigError(
+            f"A base of type {shape.model_type!r} is no causal language model; pass another one "
+            "with --model."
+        ) from error
+    model.tie_weights()  # type: ignore[operator]  # empty weights are made one by one
+    return model
+
+
+def adapt_empty(shape: PretrainedConfig, config: PeftConfig, dtype: torch.dtype) -> PeftModel:
+    """A base without weights with an adapter without values, that trains.
+
+    Args:
+        shape: the base's configuration.
+        config: the adapter's; it is copied.
+        dtype: of the base's weights.
+    """
+    config = copy.deepcopy(config)
+    if isinstance(config, MoeLoraConfig):
+        config.from_file = True  # so no initialisation asks for adapters or the base's weights
+    model = get_peft_model(empty_base(shape, dtype), config, low_cpu_mem_usage=True)
+    return cast(PeftModel, model)
+
+
+def _lora(ranks: dict[str, int], dropout: float) -> LoraConfig:
+    """PEFT's LoRA with the total rank of each module."""
+    usual = max(ranks.values())
+    return LoraConfig(
+        r=usual,
+        rank_pattern={name: rank for name, rank in ranks.items() if rank != usual},
+        lora_dropout=dropout,
+        target_modules=list(ranks),
+    )
+
+
+def _use(model: nn.Module, base_bytes: int, at: Step) -> Use:
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    weights = _bytes([*model.parameters(), *_own_buffers(model)])
+    file = 0
+    if isinstance(model, PeftModel):
+        file = _bytes(get_peft_model_state_dict(model, save_embedding_layers=False).values())
+    return Use(
+        trainable=_numel(trainable),
+        weight_bytes=weights,
+        added_bytes=weights - base_bytes,
+        gradient_bytes=_bytes(trainable),
+        optimizer_bytes=_MOMENTS[at.optimizer] * _bytes(trainable),
+        file_bytes=file,
+        step=step_cost(
+            model,
+            at.batch,
+            at.length,
+            autocast=getattr(torch, at.autocast) if at.autocast else None,
+            checkpointing=at.checkpointing,
+            arguments=ROUTING_IDS if find_tuner(model) else (),
+        ),
+    )
+
+
+def _own_buffers(model: nn.Module) -> list[Tensor]:
+    return [tensor for name, tensor in model.named_buffers() if "moelora_" in name]
+
+
+def _modules(layers: dict[str, MoeLoraLinear]) -> tuple[AdaptedModules, ...]:
+    """One entry for all that are alike, in the model's order."""
+    counted: dict[AdaptedModules, int] = {}
+    for name, layer in layers.items():
+        plan = layer.moelora_mixture[_ADAPTER].plan
+        kind = AdaptedModules(
+            name.rpartition(".")[2],
+            0,
+            layer.in_features,
+            layer.out_features,
+            plan.ranks,
+            plan.top_k,
+        )
+        counted[kind] = counted.get(kind, 0) + 1
+    return tuple(dataclasses.replace(kind, count=count) for kind, count in counted.items())
+
+
+def _inner(name: str) -> str:
+    return name.removeprefix("base_model.model.")
+
+
+def _numel(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
