@@ -19,6 +19,7 @@ from ..config import MoeLoraConfig
 from ..errors import ConfigError, ExportError
 from ..ops.gated_rows import gate_rows, restore_gradient
 from ..types import GateRescale, GateRescaleScope, LayerPlan, Routing
+from .folding import FoldingLinear
 from .gate_source import GateSource
 from .linear import MoeLoraLinear
 from .routed import RoutedLayer, Shared
@@ -307,7 +308,7 @@ class BlockGates(GateSource):
             rows_PO = restore_gradient(rows_PO, current.dispatch.gates_P, current.rescale)
         return rows_PO.unsqueeze(0)
 
-    def fixed_weights(self, linear: MoeLoraLinear, adapter: str) -> Tensor | None:
+    def fixed_weights(self, linear: FoldingLinear, adapter: str) -> Tensor | None:
         """See `MoeLoraBlock.chosen`.
 
         Raises:
@@ -322,7 +323,7 @@ class BlockGates(GateSource):
         return weights_E
 
     def mean_weights(
-        self, linear: MoeLoraLinear, adapter: str, mean_of: Callable[[RoutedLayer], Tensor]
+        self, linear: FoldingLinear, adapter: str, mean_of: Callable[[RoutedLayer], Tensor]
     ) -> Tensor:
         """The fixed ones: a mean of blocks is no block."""
         return cast(Tensor, self.fixed_weights(linear, adapter))

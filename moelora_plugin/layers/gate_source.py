@@ -17,6 +17,7 @@ from ..errors import ConfigError, ExportError
 from ..types import Routing
 
 if TYPE_CHECKING:
+    from .folding import FoldingLinear
     from .linear import MoeLoraLinear
     from .routed import RoutedLayer
 
@@ -42,12 +43,12 @@ class GateSource(ABC):
         """The base's output for x where it can be had for less; None where x has to go through."""
         return None
 
-    def fixed_weights(self, linear: MoeLoraLinear, adapter: str) -> Tensor | None:
+    def fixed_weights(self, linear: FoldingLinear, adapter: str) -> Tensor | None:
         """The gates (E,) where they ignore the input; else None."""
         return None
 
     def mean_weights(
-        self, linear: MoeLoraLinear, adapter: str, mean_of: Callable[[RoutedLayer], Tensor]
+        self, linear: FoldingLinear, adapter: str, mean_of: Callable[[RoutedLayer], Tensor]
     ) -> Tensor:
         """The gates (E,) of an approximate merge.
 
@@ -73,12 +74,12 @@ class AlwaysOn(GateSource):
         dtype = torch.promote_types(x.dtype, torch.float32)
         return x.new_ones(x.numel() // x.shape[-1], 1, dtype=dtype)
 
-    def fixed_weights(self, linear: MoeLoraLinear, adapter: str) -> Tensor | None:
+    def fixed_weights(self, linear: FoldingLinear, adapter: str) -> Tensor | None:
         """One."""
         return torch.ones(1)
 
     def mean_weights(
-        self, linear: MoeLoraLinear, adapter: str, mean_of: Callable[[RoutedLayer], Tensor]
+        self, linear: FoldingLinear, adapter: str, mean_of: Callable[[RoutedLayer], Tensor]
     ) -> Tensor:
         """One."""
         return torch.ones(1)

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import _get_in_out_features, check_adapters_to_merge
+from peft.tuners.tuners_utils import _get_in_out_features
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from ..config import MoeLoraConfig
-from ..errors import ConfigError, ExportError
-from ..experts import EXPERTS, ExpertKind
+from ..errors import ConfigError
+from ..experts import EXPERTS
 from ..initialization import INITIALIZATIONS, InitInput
 from ..lookup import lookup, with_options
 from ..scaling import scale_of
@@ -30,7 +29,8 @@ from ..types import (
     LayerPlan,
     Routing,
 )
-from .gate_source import GateSource
+from .decoder import Decoder
+from .folding import FoldingLinear, Mixture, with_universal
 from .routed import RoutedLayer, Shared
 
 # These have in and out features that PEFT can read but do not compute x W^T.
@@ -53,26 +53,7 @@ class Factors(nn.Module):
                 self.register_parameter(name, nn.Parameter(torch.empty(shape)))
 
 
-@dataclass(frozen=True)
-class Mixture:
-    """What does not train of one adapter in one linear.
-
-    Attributes:
-        plan: its experts, the universal one included.
-        experts: their kind.
-        scaling: LoRA scale s.
-        scope: what x receives in the backward.
-        universal: how the universal expert is weighed, or "none".
-    """
-
-    plan: LayerPlan
-    experts: ExpertKind
-    scaling: float
-    scope: GateRescaleScope
-    universal: str
-
-
-class MoeLoraLinear(RoutedLayer):
+class MoeLoraLinear(FoldingLinear):
     """base(x) + s * sum_i g_i(x) E_i(dropout(x))     (arXiv 2502.15828, eq. 8).
 
     The base is any module that maps (..., in) to (..., out) and whose features PEFT can read:
@@ -93,6 +74,7 @@ class MoeLoraLinear(RoutedLayer):
         "moelora_dropout",
         "moelora_mixture",
         "moelora_gate_source",
+        "moelora_decoder",
         *RoutedLayer.router_param_names,
     )
 
@@ -113,10 +95,7 @@ class MoeLoraLinear(RoutedLayer):
         self.moelora_B = nn.ModuleDict()
         self.moelora_extra = nn.ModuleDict()
         self.moelora_dropout = nn.ModuleDict()
-        self.moelora_mixture: dict[str, Mixture] = {}
-        # Adapters whose gates come from elsewhere; the others have a router here.
-        self.moelora_gate_source: dict[str, GateSource] = {}
-        self._merged_gates: dict[str, Tensor] = {}
+        self.moelora_decoder: dict[str, Decoder | None] = {}
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, plan, router_plan, module_name)
 
@@ -150,6 +129,7 @@ class MoeLoraLinear(RoutedLayer):
             self.in_features,
             self.out_features,
         )
+        self.moelora_decoder.pop(adapter_name, None)
         self.moelora_mixture[adapter_name] = Mixture(
             plan,
             experts,
@@ -225,17 +205,29 @@ class MoeLoraLinear(RoutedLayer):
             return output
         adapters = [name for name in self.active_adapters if name in self.moelora_mixture]
         result = base = self._base_output(x, adapters, *args, **kwargs)
+        is_decoding = not (self.training or self.record_routing or torch.is_grad_enabled())
         for adapter in adapters:
-            result = self._mixed_output(x, adapter, base, onto=result)
+            decoder = self._decoder(adapter) if is_decoding else None
+            decoded = None if decoder is None else decoder(x, result)
+            if decoded is None:
+                decoded = self._mixed_output(x, adapter, base, onto=result)
+            result = decoded
         return result.to(base.dtype)
+
+    def _decoder(self, adapter: str) -> Decoder | None:
+        """What computes the same as `_mixed_output` for a few tokens, where there is such."""
+        if adapter not in self.moelora_decoder:
+            self.moelora_decoder[adapter] = Decoder.of(self, adapter)
+        return self.moelora_decoder[adapter]
 
     def _base_output(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
         """What the base makes of x, from a gate source where that has it for less."""
-        for adapter in adapters:
-            source = self.moelora_gate_source.get(adapter)
-            base = None if source is None else source.base_output(self, x)
-            if base is not None:
-                return base
+        if self.moelora_gate_source:
+            for adapter in adapters:
+                source = self.moelora_gate_source.get(adapter)
+                base = None if source is None else source.base_output(self, x)
+                if base is not None:
+                    return base
         output: Tensor = self.base_layer(x, *args, **kwargs)
         return output
 
@@ -278,7 +270,7 @@ class MoeLoraLinear(RoutedLayer):
             weights_TE = source.gates(self, adapter, x)
             routing = source.routing(self, adapter)
         gates = Gates(
-            _with_universal(weights_TE, mixture.universal),
+            with_universal(weights_TE, mixture.universal),
             mixture.scaling,
             self.moelora_gate_rescale[adapter],
             mixture.scope,
@@ -356,148 +348,6 @@ class MoeLoraLinear(RoutedLayer):
         mixture = self.moelora_mixture[adapter]
         return mixture.experts.pairs(self.tensors(adapter), mixture.scaling)
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Fold adapters whose gates do not depend on the input into the base weight.
-
-        Raises:
-            ExportError: the gates follow the input, or the base weight is quantised.
-        """
-        for adapter in check_adapters_to_merge(self, adapter_names) or []:
-            if adapter not in self.moelora_mixture:
-                continue
-            weights_E = self._fixed_gates(adapter)
-            update = self.static_update(adapter, weights_E)
-            if safe_merge and not bool(torch.isfinite(update).all()):
-                raise ExportError(
-                    f"Merging adapter {adapter!r} gives NaN or infinite weights; it seems broken."
-                )
-            self.fold(update)
-            self.merged_adapters.append(adapter)
-            self._merged_gates[adapter] = weights_E
-
-    def refuse_merge(self, adapter: str, weights_E: Tensor | None = None) -> None:
-        """Say whether `merge` would work, without touching the base weight.
-
-        Args:
-            adapter: whose experts.
-            weights_E: gates (E,) to fold with; the router's own where it ignores the input.
-
-        Raises:
-            ExportError: the gates follow the input, the experts are no update of the weight, or the
-                base weight is quantised.
-        """
-        self._base_weight()
-        weights_E = self._fixed_gates(adapter) if weights_E is None else weights_E
-        # On the meta device: what raises does so without a product.
-        tensors = {name: t.detach().to("meta") for name, t in self.tensors(adapter).items()}
-        self._mixed(adapter, tensors, weights_E)
-
-    def unmerge(self) -> None:
-        """Take every merged adapter out of the base weight again (up to rounding)."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-        while self.merged_adapters:
-            adapter = self.merged_adapters.pop()
-            # The gates may hang on a task id that has changed since.
-            self.fold(-self.static_update(adapter, self._merged_gates.pop(adapter, None)))
-
-    def static_update(self, adapter: str = "default", weights_E: Tensor | None = None) -> Tensor:
-        """The weight update in the base weight's own layout, for fixed gates.
-
-        Args:
-            adapter: whose experts.
-            weights_E: gates (E,); the router's own where it ignores the input.
-
-        Raises:
-            ExportError: no gates given and the router's follow the input, or the expert kind is no
-                update of the weight.
-        """
-        weights_E = self._fixed_gates(adapter) if weights_E is None else weights_E
-        tensors = {name: tensor.detach() for name, tensor in self.tensors(adapter).items()}
-        update_OI = self._mixed(adapter, tensors, weights_E)
-        if "offset_A" in tensors:
-            update_OI = update_OI - tensors["offset_B"] @ tensors["offset_A"]
-        return update_OI.T if isinstance(self.get_base_layer(), Conv1D) else update_OI
-
-    def _mixed(self, adapter: str, tensors: Mapping[str, Tensor], weights_E: Tensor) -> Tensor:
-        """The experts' weight update (O, I) for given gates, where the tensors are."""
-        mixture = self.moelora_mixture[adapter]
-        weights_E = weights_E.detach().to(next(iter(tensors.values())).device)
-        weights_E = _with_universal(weights_E, mixture.universal)
-        return mixture.experts.static_update(tensors, weights_E, mixture.scaling)
-
-    def mean_weights(
-        self, mean_of: Callable[[RoutedLayer], Tensor], adapter: str = "default"
-    ) -> Tensor:
-        """The gates (E,) of an approximate merge.
-
-        Args:
-            mean_of: gives the mean gates of a layer with a router.
-            adapter: whose experts.
-
-        Raises:
-            ExportError: these experts cannot be folded into one linear.
-        """
-        source = self.moelora_gate_source.get(adapter)
-        return mean_of(self) if source is None else source.mean_weights(self, adapter, mean_of)
-
-    def _fixed_gates(self, adapter: str) -> Tensor:
-        """The gates (E,) where they ignore the input.
-
-        Raises:
-            ExportError: they follow it.
-        """
-        source = self.moelora_gate_source.get(adapter)
-        weights_E = (
-            self.fixed_weights(adapter) if source is None else source.fixed_weights(self, adapter)
-        )
-        if weights_E is None:
-            raise ExportError(
-                "The gates of this adapter follow the input, so no single weight equals it; serve "
-                "it unmerged, or write an approximation with `moelora export ADAPTER --to merged "
-                "--strategy mean-gate --out DIR`."
-            )
-        return weights_E
-
-    def apply_update(self, x: Tensor, update: Tensor) -> Tensor:
-        """What an update in the base weight's layout adds to the output."""
-        x = self._cast_input_dtype(x, update.dtype)
-        return x @ update if isinstance(self.get_base_layer(), Conv1D) else x @ update.T
-
-    def fold(self, update: Tensor) -> None:
-        """Add an update in the base weight's layout to the base weight, for good.
-
-        Raises:
-            ExportError: the base weight is quantised.
-        """
-        weight = self._base_weight()
-        weight.data = weight.data + update.to(weight.dtype)
-
-    def _base_weight(self) -> nn.Parameter:
-        weight = getattr(self.get_base_layer(), "weight", None)
-        if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
-            raise ExportError(
-                f"Cannot merge into {type(self.get_base_layer()).__name__}: its weight is "
-                "quantised; load the base in a floating-point dtype."
-            )
-        return weight
-
-    def _float_base_weight(self) -> Tensor:
-        """The base's weight (O, I) in fp32 or wider, without gradient.
-
-        Raises:
-            ConfigError: it is quantised.
-        """
-        try:
-            weight = self._base_weight().detach()
-        except ExportError as error:
-            raise ConfigError(
-                f"This adapter reads the weights of {type(self.get_base_layer()).__name__}, which "
-                "are quantised; load the base in a floating-point dtype, or change init or expert."
-            ) from error
-        weight = weight.T if isinstance(self.get_base_layer(), Conv1D) else weight
-        return weight.to(torch.promote_types(weight.dtype, torch.float32))
-
     def __repr__(self) -> str:
         return "moelora." + super().__repr__()
 
@@ -508,15 +358,6 @@ def _expert_outputs(
     """Each expert's own output s B_i A_i x (M, E, O) for some tokens, without dropout."""
     x_MI = x_TI[index_M].to(next(iter(tensors.values())).dtype)
     return mixture.experts.outputs(tensors, x_MI, mixture.scaling)
-
-
-def _with_universal(weights: Tensor, universal: str) -> Tensor:
-    """Gates (..., E) with the universal expert's as the last one."""
-    if universal == "none":
-        return weights
-    total = weights.sum(-1, keepdim=True)
-    extra = torch.ones_like(total) if universal == "one" else 1 - total
-    return torch.cat([weights, extra], -1)
 
 
 def _features(base: nn.Module) -> tuple[int, int]:

@@ -177,6 +177,8 @@ class Router(nn.Module, ABC):
 
 def widen(tensor: Tensor) -> Tensor:
     """In fp32, or wider where it was."""
+    if tensor.dtype is torch.float32:
+        return tensor
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 

@@ -69,7 +69,7 @@ class TopKRouter(Router):
         self.by = by
         self.differentiable = weight == "probability"
         # A subclass has stages of its own.
-        self._is_softmax_of_selected = (
+        self.is_softmax_of_selected = (
             type(self) is TopKRouter
             and renormalize
             and weight == "probability"
@@ -88,13 +88,18 @@ class TopKRouter(Router):
         Where nothing acts between the stages, the softmax runs over the k selected logits alone:
         the same gates from fewer operations, and none that only losses would read.
         """
-        if modifiers or not self._is_softmax_of_selected:
+        if modifiers or not self.is_softmax_of_selected:
             return super().forward(rows, score, modifiers, a)
         logits_NE = score(rows, a)
+        weights_NE, ids_NK = self.gates_of(logits_NE)
+        return Routing(logits_NE, lambda: softmax_wide(logits_NE), weights_NE, ids_NK)
+
+    def gates_of(self, logits_NE: Tensor) -> tuple[Tensor, Tensor]:
+        """The gates (N, E) where `is_softmax_of_selected`, and the selected experts (N, K)."""
         wide_NE = widen(logits_NE)
         kept_NK, ids_NK = torch.topk(wide_NE, self.plan.top_k, dim=-1)
-        weights_NE = torch.zeros_like(wide_NE).scatter(-1, ids_NK, torch.softmax(kept_NK, dim=-1))
-        return Routing(logits_NE, lambda: softmax_wide(logits_NE), weights_NE, ids_NK)
+        kept_NK = torch.softmax(kept_NK, dim=-1)
+        return torch.zeros_like(wide_NE).scatter_(-1, ids_NK, kept_NK), ids_NK
 
     def probabilities(self, scores_NE: Tensor, rows: Rows) -> Tensor:
         """Softmax over all experts."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ...config import MoeLoraConfig
 from ...errors import ConfigError
 from ...types import LayerPlan, Place, Routing
+from ..folding import FoldingLinear
 from ..gate_source import AlwaysOn, Decision, GateSource
 from ..linear import MoeLoraLinear
 from ..routed import RoutedLayer, Shared
@@ -129,13 +130,13 @@ class LayerGates(GateSource):
         """The owner enters the losses."""
         return self.decision.routing if self.column == 0 else None
 
-    def fixed_weights(self, linear: MoeLoraLinear, adapter: str) -> Tensor | None:
+    def fixed_weights(self, linear: FoldingLinear, adapter: str) -> Tensor | None:
         """This module's of the owner's."""
         weights_E = self.decision.owner.fixed_weights(adapter)
         return None if weights_E is None else weights_E[self.column : self.column + 1]
 
     def mean_weights(
-        self, linear: MoeLoraLinear, adapter: str, mean_of: Callable[[RoutedLayer], Tensor]
+        self, linear: FoldingLinear, adapter: str, mean_of: Callable[[RoutedLayer], Tensor]
     ) -> Tensor:
         """This module's of the owner's."""
         return mean_of(self.decision.owner)[self.column : self.column + 1]

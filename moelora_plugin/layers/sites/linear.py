@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ...config import MoeLoraConfig
 from ...errors import ConfigError
 from ...types import LayerPlan, Place
+from ..folding import FoldingLinear
 from ..gate_source import Decision, GateSource
 from ..linear import MoeLoraLinear
 from ..routed import RoutedLayer, Shared
@@ -126,12 +127,12 @@ class OwnersGates(GateSource):
         """The owner's (T, E)."""
         return self.decision.weights(x)
 
-    def fixed_weights(self, linear: MoeLoraLinear, adapter: str) -> Tensor | None:
+    def fixed_weights(self, linear: FoldingLinear, adapter: str) -> Tensor | None:
         """The owner's."""
         return self.decision.owner.fixed_weights(adapter)
 
     def mean_weights(
-        self, linear: MoeLoraLinear, adapter: str, mean_of: Callable[[RoutedLayer], Tensor]
+        self, linear: FoldingLinear, adapter: str, mean_of: Callable[[RoutedLayer], Tensor]
     ) -> Tensor:
         """The owner's."""
         return mean_of(self.decision.owner)

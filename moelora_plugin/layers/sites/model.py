@@ -22,6 +22,7 @@ from ...routers import Router
 from ...routers.modifiers import RouterModifiers
 from ...routers.scores import Score
 from ...types import LayerPlan, Place, Routing, Rows
+from ..folding import FoldingLinear
 from ..gate_source import GateSource
 from ..linear import MoeLoraLinear
 from ..routed import RoutedLayer, Shared
@@ -276,12 +277,12 @@ class _ModelGates(GateSource):
             )
         return routing.weights.to(x.device)
 
-    def fixed_weights(self, linear: MoeLoraLinear, adapter: str) -> Tensor | None:
+    def fixed_weights(self, linear: FoldingLinear, adapter: str) -> Tensor | None:
         """The router's, where all linears share them."""
         return None if self.passes.layers else self.passes.owner.fixed_weights(adapter)
 
     def mean_weights(
-        self, linear: MoeLoraLinear, adapter: str, mean_of: Callable[[RoutedLayer], Tensor]
+        self, linear: FoldingLinear, adapter: str, mean_of: Callable[[RoutedLayer], Tensor]
     ) -> Tensor:
         """The mean of the decisions that this linear follows."""
         return mean_of(linear if self.passes.layers else self.passes.owner)
