@@ -9,6 +9,7 @@ tokenizer files            where one was given
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -26,7 +27,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from . import __version__
 from .base_model import HUB_ERRORS, load_base_model
-from .errors import AdapterError, ConfigError, MissingDependencyError, first_line
+from .errors import (
+    AdapterError,
+    ConfigError,
+    ExportError,
+    MissingDependencyError,
+    first_line,
+)
 from .files import atomic_directory, sha256_of, write_json
 from .model import moelora_layers
 
@@ -91,6 +98,7 @@ def load_adapter(
     dtype: str = "auto",
     device: str | None = None,
     allow_base_mismatch: bool = False,
+    fold: bool = False,
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """Load an adapter on its base, ready for inference, or say what is wrong with it.
 
@@ -105,6 +113,9 @@ def load_adapter(
             name.
         device: "cpu", "cuda", ...; the accelerator where there is one.
         allow_base_mismatch: load on another base all the same.
+        fold: merge an adapter whose gates ignore the input into the base's weights, so that a token
+            costs what it costs the base; one whose gates follow the input stays beside them. The
+            model's `unmerge_adapter` takes it out again, up to rounding in the base's dtype.
 
     Returns:
         The model in eval mode and its tokenizer.
@@ -128,7 +139,10 @@ def load_adapter(
         with warnings.catch_warnings():
             # PEFT only warns of missing tensors; below they are an error, which says more.
             warnings.filterwarnings("ignore", "Found missing adapter keys")
-            model = PeftModel.from_pretrained(base_model, str(folder))
+            # The file's tensors become the parameters, with neither an initialisation nor a copy
+            # before. On a half precision base PEFT would round them to its dtype.
+            is_wide = base_model.dtype in (torch.float32, torch.float64)
+            model = PeftModel.from_pretrained(base_model, str(folder), low_cpu_mem_usage=is_wide)
     except (RuntimeError, ValueError) as error:
         raise AdapterError(
             f"The adapter in {folder} does not fit the base {base!r}: {first_line(error)}; pass "
@@ -137,6 +151,9 @@ def load_adapter(
     _refuse_missing_tensors(folder, model)
     if not allow_base_mismatch:
         _refuse_other_weights(model, read_manifest(folder).get("base_fingerprint"), base)
+    if fold:
+        with contextlib.suppress(ExportError):  # which comes before anything is touched
+            model.merge_adapter()
     tokenizer_home = str(folder) if (folder / "tokenizer_config.json").exists() else base
     return model.eval(), AutoTokenizer.from_pretrained(tokenizer_home)
 

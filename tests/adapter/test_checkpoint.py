@@ -9,7 +9,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from tiny import tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM
@@ -44,8 +44,9 @@ def bases(tmp_path_factory) -> Path:
     return folder
 
 
-def adapted(base: Path, name: str = "default") -> PeftModel:
-    config = MoeLoraConfig(r=2, num_experts=3, top_k=2, target_modules=["q_proj", "v_proj"])
+def adapted(base: Path, name: str = "default", **keys: str) -> PeftModel:
+    targets = ["q_proj", "v_proj"]
+    config = MoeLoraConfig(r=2, num_experts=3, top_k=2, target_modules=targets, **keys)
     base_model = AutoModelForCausalLM.from_pretrained(base)
     torch.manual_seed(1)
     model = get_peft_model(base_model, config, adapter_name=name).eval()
@@ -286,6 +287,33 @@ def test_an_adapter_trained_on_a_half_precision_copy_loads_on_the_original(dtype
     half.save_pretrained(tmp_path / "half")
     save_adapter(adapted(tmp_path / "half"), tmp_path / "out")
     load_adapter(tmp_path / "out", base=str(bases / "right"), dtype="float32", device="cpu")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_file_s_numbers_are_loaded_to_the_bit_on_any_base(dtype, saved):
+    model, _ = load_adapter(saved, device="cpu", dtype=dtype)
+    stored = load_file(saved / WEIGHTS)
+    loaded = get_peft_model_state_dict(model, save_embedding_layers=False)
+    assert loaded.keys() == stored.keys()
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in loaded.items())
+    assert not any(parameter.is_meta for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("follows", [False, True], ids=["static", "top-k"])
+def test_gates_that_ignore_the_input_fold_at_load(follows, bases, tmp_path):
+    static = {"router": "softmax", "router_score": "static", "router_input": "none"}
+    model = adapted(bases / "right", **({} if follows else static))
+    for layer in moelora_layers(model).values():
+        for gate in layer.moelora_gate.parameters():
+            torch.nn.init.normal_(gate)
+    save_adapter(model, tmp_path / "out", tokenizer=tiny_tokenizer())
+    loaded, _ = load_adapter(tmp_path / "out", device="cpu", fold=True)
+    assert {layer.merged for layer in moelora_layers(loaded).values()} == {not follows}
+    # A merged weight is rounded once more, in fp32, on logits up to ten.
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-4)
+    if not follows:
+        loaded.unmerge_adapter()
+        torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-4)
 
 
 def test_an_adapter_that_names_no_base_needs_one(bases, saved):

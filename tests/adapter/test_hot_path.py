@@ -92,6 +92,7 @@ def test_the_base_s_output_is_left_as_it_is():
     net.base_model.model.linear.base_layer.register_forward_hook(lambda *a: kept.append(a[2]))
     x = torch.randn(2, 20, WIDTH, dtype=torch.float64)
     for enabled in (True, False):
+        net.train(enabled)  # the second time a few tokens are decoded
         with torch.set_grad_enabled(enabled):
             for tokens in (1, 20):
                 net(x[:, :tokens])
