@@ -65,6 +65,7 @@ class AdaptedModules:
         out_features: O.
         ranks: the rank of each expert.
         top_k: experts selected for a token.
+        path: "dense", or "grouped" where a step here computes the selected experts alone.
     """
 
     name: str
@@ -73,6 +74,7 @@ class AdaptedModules:
     out_features: int
     ranks: tuple[int, ...]
     top_k: int
+    path: str
 
 
 @dataclass(frozen=True)
@@ -213,7 +215,7 @@ def plan_adapter(
         base_parameters=_numel(alone.parameters()),
         config=config,
         at=at,
-        modules=_modules(layers),
+        modules=_modules(layers, at.tokens),
         expert_parameters=_numel(experts),
         router_parameters=sum(p.numel() for p in adapted.parameters() if id(p) in routers),
         frozen_entries=_numel(_own_buffers(adapted)),
@@ -320,9 +322,10 @@ def _own_buffers(model: nn.Module) -> list[Tensor]:
     return [tensor for name, tensor in model.named_buffers() if "moelora_" in name]
 
 
-def _modules(layers: dict[str, MoeLoraLinear]) -> tuple[AdaptedModules, ...]:
+def _modules(layers: dict[str, MoeLoraLinear], tokens: int) -> tuple[AdaptedModules, ...]:
     """One entry for all that are alike, in the model's order."""
     counted: dict[AdaptedModules, int] = {}
+    device = torch.device(default_device()).type
     for name, layer in layers.items():
         plan = layer.moelora_mixture[_ADAPTER].plan
         kind = AdaptedModules(
@@ -332,6 +335,7 @@ def _modules(layers: dict[str, MoeLoraLinear]) -> tuple[AdaptedModules, ...]:
             layer.out_features,
             plan.ranks,
             plan.top_k,
+            "grouped" if layer.by_groups(tokens, device, _ADAPTER) else "dense",
         )
         counted[kind] = counted.get(kind, 0) + 1
     return tuple(dataclasses.replace(kind, count=count) for kind, count in counted.items())

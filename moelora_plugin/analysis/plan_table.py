@@ -46,14 +46,15 @@ def _facts(plan: AdapterPlan) -> Table:
 
 def _modules(plan: AdapterPlan) -> Table:
     """One line for all modules that got the same from the allocation."""
-    names: dict[tuple[int, tuple[int, ...], int], list[str]] = {}
+    names: dict[tuple[int, tuple[int, ...], int, str], list[str]] = {}
     for kind in plan.modules:
-        names.setdefault((kind.count, kind.ranks, kind.top_k), []).append(kind.name)
+        key = (kind.count, kind.ranks, kind.top_k, kind.path)
+        names.setdefault(key, []).append(kind.name)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("modules", overflow="fold")
-    for column in ("of each", "experts", "top k", "ranks", "total rank"):
+    for column in ("of each", "experts", "top k", "ranks", "total rank", "path"):
         table.add_column(column, justify="right")
-    for (number, ranks, top_k), kinds in names.items():
+    for (number, ranks, top_k, path), kinds in names.items():
         table.add_row(
             ", ".join(kinds),
             str(number),
@@ -61,6 +62,7 @@ def _modules(plan: AdapterPlan) -> Table:
             str(top_k),
             ", ".join(str(rank) for rank in sorted(set(ranks))),
             str(sum(ranks)),
+            path,
         )
     return table
 

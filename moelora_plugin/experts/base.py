@@ -76,13 +76,14 @@ class ExpertKind(ABC):
         """
         return None
 
-    def by_groups(self, x_TI: Tensor, selected: float) -> bool:
+    def by_groups(self, tokens: int, selected: float, device_type: str) -> bool:
         """Whether to compute the selected experts alone: `project` is not asked then.
 
         Args:
-            x_TI: the layer's input.
+            tokens: T.
             selected: how many experts a token has on average. The others' gates are 0 by a mask,
                 so that they learn nothing from the token.
+            device_type: where the tokens are.
         """
         return False
 

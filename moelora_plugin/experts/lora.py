@@ -44,13 +44,13 @@ class LoraExperts(StackedExperts):
         for name in self.frozen:
             nn.init.zeros_(tensors[name])
 
-    def by_groups(self, x_TI: Tensor, selected: float) -> bool:
+    def by_groups(self, tokens: int, selected: float, device_type: str) -> bool:
         """As `ops.grouped` measured it."""
         if not self.plan.is_uniform:
             return False
         width = (self.in_features + self.out_features) // 2
         experts, rank = self.plan.num_experts, self.plan.ranks[0]
-        return prefers_grouped(len(x_TI), experts, selected, rank, width, x_TI.device.type)
+        return prefers_grouped(tokens, experts, selected, rank, width, device_type)
 
     def _mix(
         self, tensors: Tensors, inputs: ExpertInput, gates: Gates, onto_TO: Tensor | None = None

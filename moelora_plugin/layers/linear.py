@@ -248,8 +248,8 @@ class MoeLoraLinear(FoldingLinear):
             matrix = None
         dropout = self._dropout(adapter)
         x_TI = x.reshape(-1, self.in_features)
-        selected = self._selected(adapter)
-        by_groups = selected is not None and mixture.experts.by_groups(x_TI, selected)
+        # A subclass of Tensor may have no values that pairs could be counted by.
+        by_groups = type(x) is Tensor and self.by_groups(x_TI.shape[0], x.device.type, adapter)
         projection = None
         if not by_groups:
             projection = mixture.experts.project(tensors, x_TI, matrix, dropout, self.training)
@@ -303,14 +303,15 @@ class MoeLoraLinear(FoldingLinear):
         module = self.part("moelora_dropout", adapter)
         return module.p if isinstance(module, nn.Dropout) and module.training else 0.0
 
-    def _selected(self, adapter: str) -> float | None:
-        """How many experts a token has on average; None where that is not known."""
-        source = self.moelora_gate_source.get(adapter)
+    def by_groups(self, tokens: int, device_type: str, adapter: str = "default") -> bool:
+        """Whether the selected experts alone are computed for so many tokens."""
+        source, mixture = self.moelora_gate_source.get(adapter), self.moelora_mixture[adapter]
         selected = (self._router(adapter) if source is None else source).experts_per_row
-        universal = self.moelora_mixture[adapter].universal
-        if selected is None or universal == "complement":  # which may be 0, and still learns
-            return None
-        return selected + 1 if universal == "one" else selected
+        if selected is None or mixture.universal == "complement":  # may be 0, and still learns
+            return False
+        if mixture.universal == "one":
+            selected += 1
+        return mixture.experts.by_groups(tokens, selected, device_type)
 
     def expert_weights(self, adapter: str = "default") -> list[tuple[Tensor, Tensor]]:
         """One (A_i (r_i, in), B_i (out, r_i)) per expert: writable views without gradient."""

@@ -105,7 +105,7 @@ class SearchExperts(LoraExperts):
         mask_R1 = selection_mask(tensors["selection"]).reshape(-1, 1)
         return project(x_TI, tensors["A"] * mask_R1, gate_EI, dropout)
 
-    def by_groups(self, x_TI: Tensor, selected: float) -> bool:
+    def by_groups(self, tokens: int, selected: float, device_type: str) -> bool:
         """Never: the grouped path knows no mask."""
         return False
 

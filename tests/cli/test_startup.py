@@ -9,7 +9,7 @@ import pytest
 
 COMMANDS = (
     *("train", "eval", "export", "demo", "init", "tasks", "presets", "inspect", "cluster"),
-    *("path", "doctor", "launch"),
+    *("path", "doctor", "launch", "plan"),
 )
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "lm_eval", "numpy", "matplotlib")
