@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..ops.rank_gated import project
-from ..types import ExpertPair, LayerPlan, Projection, Shared
+from ..types import ExpertPair, LayerPlan, Shared
 from .base import Tensors
 from .stacked import StackedExperts
 
@@ -48,19 +47,10 @@ class SharedAExperts(StackedExperts):
         """A is (r, I), B is (O, R)."""
         return {"A": (self.rank, self.in_features), "B": (self.out_features, self.plan.total_rank)}
 
-    def project(
-        self,
-        tensors: Tensors,
-        x_TI: Tensor,
-        gate_EI: Tensor | None = None,
-        dropout: float = 0.0,
-        training: bool = False,
-    ) -> Projection:
-        """One product with A, whatever the number of experts."""
+    def _projecting(self, tensors: Tensors, training: bool) -> Tensor:
+        """A, of which a training step drops entries where `a_dropout` says so."""
         a = tensors["A"]
-        if self.a_dropout:
-            a = torch.nn.functional.dropout(a, self.a_dropout, training)
-        return project(x_TI, a, gate_EI, dropout)
+        return torch.nn.functional.dropout(a, self.a_dropout, training) if self.a_dropout else a
 
     def split(self, tensors: Tensors) -> list[tuple[Tensor, Tensor]]:
         """Views (A (r, I), B_i (O, r)): A is in every pair."""

@@ -32,7 +32,11 @@ class StackedExperts(ExpertKind):
         training: bool = False,
     ) -> Projection | None:
         """`ops.rank_gated.project`."""
-        return project(x_TI, tensors["A"], gate_EI, dropout)
+        return project(x_TI, self._projecting(tensors, training), gate_EI, dropout)
+
+    def _projecting(self, tensors: Tensors, training: bool) -> Tensor:
+        """The A that x is multiplied with."""
+        return tensors["A"]
 
     def update(self, tensors: Tensors, inputs: ExpertInput, gates: Gates) -> Tensor:
         """`ops.rank_gated`."""

@@ -21,6 +21,7 @@ from ..errors import ConfigError
 from ..types import LayerPlan, Routing, Rows
 from .modifiers import RouterModifiers
 from .scores import Score
+from .scores.base import widened
 
 
 class Router(nn.Module, ABC):
@@ -175,16 +176,9 @@ class Router(nn.Module, ABC):
         return rows.x
 
 
-def widen(tensor: Tensor) -> Tensor:
-    """In fp32, or wider where it was."""
-    if tensor.dtype is torch.float32:
-        return tensor
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
 def softmax_wide(logits_NE: Tensor) -> Tensor:
     """Softmax in fp32 or wider whatever the logits' dtype."""
-    return torch.softmax(widen(logits_NE), dim=-1)
+    return torch.softmax(widened(logits_NE), dim=-1)
 
 
 def one_hot(ids_NK: Tensor, like_NE: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..types import LayerPlan, Rows
-from .base import widen
+from .scores.base import widened
 from .topk import TopKRouter
 
 
@@ -47,8 +47,8 @@ class NoisyTopKRouter(TopKRouter):
         if not self.training:
             return logits_NE, {}
         raw_NE = torch.nn.functional.linear(self.features(rows), self.noise_weight)
-        sigma_NE = torch.nn.functional.softplus(widen(raw_NE))
-        logits_NE = widen(logits_NE)
+        sigma_NE = torch.nn.functional.softplus(widened(raw_NE))
+        logits_NE = widened(logits_NE)
         noisy_NE = logits_NE + sigma_NE * torch.randn_like(sigma_NE)
         if self.plan.top_k == self.plan.num_experts:
             return noisy_NE, {}

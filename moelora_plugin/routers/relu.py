@@ -8,7 +8,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..types import Rows
-from .base import Router, widen
+from .base import Router
+from .scores.base import widened
 
 
 class ReluRouter(Router):
@@ -20,7 +21,7 @@ class ReluRouter(Router):
 
     def probabilities(self, scores_NE: Tensor, rows: Rows) -> Tensor:
         """The positive part of the scores; they do not sum to 1."""
-        return widen(scores_NE).relu()
+        return widened(scores_NE).relu()
 
     def select(
         self, probs_NE: Tensor, preference_NE: Tensor, rows: Rows

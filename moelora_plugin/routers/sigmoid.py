@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..types import LayerPlan, Rows
-from .base import Router, share, widen
+from .base import Router, share
+from .scores.base import widened
 
 
 class SigmoidRouter(Router):
@@ -90,12 +91,12 @@ class SigmoidRouter(Router):
         if not (self.random and self.training):
             return logits_NE, {}
         # 0 has no logarithm; `rand` never gives 1.
-        u_NE = torch.rand_like(widen(logits_NE)).clamp(min=torch.finfo(torch.float32).tiny)
+        u_NE = torch.rand_like(widened(logits_NE)).clamp(min=torch.finfo(torch.float32).tiny)
         return logits_NE + u_NE.logit(), {}
 
     def probabilities(self, scores_NE: Tensor, rows: Rows) -> Tensor:
         """Sigmoid of the scores; they do not sum to 1."""
-        return widen(scores_NE).sigmoid()
+        return widened(scores_NE).sigmoid()
 
     def select(
         self, probs_NE: Tensor, preference_NE: Tensor, rows: Rows
@@ -104,7 +105,7 @@ class SigmoidRouter(Router):
         if self.max_threshold is None:
             return (share(probs_NE) if self.normalize else probs_NE), None
         raw_N1 = torch.nn.functional.linear(self.features(rows), self.weight, self.bias)
-        threshold_N1 = self.max_threshold * widen(raw_N1).sigmoid()
+        threshold_N1 = self.max_threshold * widened(raw_N1).sigmoid()
         kept_NE = (preference_NE >= threshold_N1).to(probs_NE.dtype)
         if self.straight_through:
             kept_NE = kept_NE + (threshold_N1.detach() - threshold_N1)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..types import LayerPlan, Rows
-from .base import widen
+from .scores.base import widened
 from .topk import TopKRouter
 
 
@@ -67,7 +67,7 @@ def sinkhorn(scores_NE: Tensor, real_N: Tensor | None, iterations: int) -> Tenso
 
     In logarithms, where nothing overflows. Rows that are not real have no say in the columns.
     """
-    log_NE = widen(scores_NE)
+    log_NE = widened(scores_NE)
     for _ in range(iterations):
         log_NE = log_NE - torch.logsumexp(log_NE, -1, keepdim=True)
         counted_NE = log_NE

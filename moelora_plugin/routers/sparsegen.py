@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..types import LayerPlan, Rows
-from .base import Router, widen
+from .base import Router
+from .scores.base import widened
 
 _OUTPUT_BIAS = -2.5  # the reference code's
 
@@ -81,9 +82,9 @@ class SparsegenRouter(Router):
         """The logits over 1 - lambda, and lambda."""
         linear = torch.nn.functional.linear
         hidden_NH = linear(self.features(rows), self.hidden_weight, self.hidden_bias).relu()
-        raw_N1 = widen(linear(hidden_NH, self.lambda_weight, self.lambda_bias))
+        raw_N1 = widened(linear(hidden_NH, self.lambda_weight, self.lambda_bias))
         lambda_N1 = torch.nn.functional.logsigmoid(raw_N1) + (1 - self.eps)
-        return widen(logits_NE) / (1 - lambda_N1), {"lambda": lambda_N1.squeeze(-1)}
+        return widened(logits_NE) / (1 - lambda_N1), {"lambda": lambda_N1.squeeze(-1)}
 
     def probabilities(self, scores_NE: Tensor, rows: Rows) -> Tensor:
         """Sparsemax of the scores."""

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..types import LayerPlan, Rows
-from .base import Router, share, softmax_wide, widen
+from .base import Router, share, softmax_wide
+from .scores.base import widened
 
 
 class ThresholdRouter(Router):
@@ -61,7 +62,7 @@ class ThresholdRouter(Router):
     def adjust(self, logits_NE: Tensor, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
         """The logits, and t(x)."""
         raw_N1 = torch.nn.functional.linear(self.features(rows), self.weight, self.bias)
-        return logits_NE, {"threshold": self.max_threshold * widen(raw_N1).sigmoid().squeeze(-1)}
+        return logits_NE, {"threshold": self.max_threshold * widened(raw_N1).sigmoid().squeeze(-1)}
 
     def probabilities(self, scores_NE: Tensor, rows: Rows) -> Tensor:
         """Softmax over all experts."""

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..types import LayerPlan, Routing, Rows
-from .base import Router, one_hot, share, softmax_wide, widen
+from .base import Router, one_hot, share, softmax_wide
 from .modifiers import RouterModifiers
 from .scores import Score
+from .scores.base import widened
 
 Weight = Literal["probability", "one"]
 Order = Literal["probability", "magnitude"]
@@ -96,7 +97,7 @@ class TopKRouter(Router):
 
     def gates_of(self, logits_NE: Tensor) -> tuple[Tensor, Tensor]:
         """The gates (N, E) where `is_softmax_of_selected`, and the selected experts (N, K)."""
-        wide_NE = widen(logits_NE)
+        wide_NE = widened(logits_NE)
         kept_NK, ids_NK = torch.topk(wide_NE, self.plan.top_k, dim=-1)
         kept_NK = torch.softmax(kept_NK, dim=-1)
         return torch.zeros_like(wide_NE).scatter_(-1, ids_NK, kept_NK), ids_NK

@@ -24,9 +24,8 @@ from ..errors import ConfigError
 from ..experts import LoraExperts, Tensors
 from ..layers import MoeLoraLinear
 from ..model import MoeLoraModel, moelora_layers
-from ..ops.rank_gated import project
 from ..routers import Router
-from ..types import LayerPlan, Projection, Rows
+from ..types import LayerPlan, Rows
 
 LEAST_EXPERTS = 2
 # What a rank or an expert that is not selected is multiplied by, as in the paper's code: enough to
@@ -93,17 +92,9 @@ class SearchExperts(LoraExperts):
         super().reset(tensors)
         tensors["selection"].copy_(_noise(*tensors["selection"].shape))
 
-    def project(
-        self,
-        tensors: Tensors,
-        x_TI: Tensor,
-        gate_EI: Tensor | None = None,
-        dropout: float = 0.0,
-        training: bool = False,
-    ) -> Projection:
-        """The product x (diag(mask) A)^T: the mixture becomes that of B_i diag(mask_i) A_i x."""
-        mask_R1 = selection_mask(tensors["selection"]).reshape(-1, 1)
-        return project(x_TI, tensors["A"] * mask_R1, gate_EI, dropout)
+    def _projecting(self, tensors: Tensors, training: bool) -> Tensor:
+        """Diag(mask) A: the mixture becomes that of B_i diag(mask_i) A_i x."""
+        return tensors["A"] * selection_mask(tensors["selection"]).reshape(-1, 1)
 
     def by_groups(self, tokens: int, selected: float, device_type: str) -> bool:
         """Never: the grouped path knows no mask."""

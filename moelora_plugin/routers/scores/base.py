@@ -107,6 +107,8 @@ def reset_maps(score: Score) -> None:
 
 def widened(tensor: Tensor) -> Tensor:
     """In fp32 or wider: norms and softmaxes of halves are too coarse."""
+    if tensor.dtype is torch.float32:  # at once, since every decoded token asks
+        return tensor
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
