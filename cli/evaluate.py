@@ -26,9 +26,11 @@ def evaluate(
         ),
     ],
     adapter: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            metavar="PATH", help="Folder or hub id of an adapter. Without it, --base alone."
+            metavar="PATH",
+            help="Folder or hub id of an adapter; give it again for more, on one load of the base. "
+            "Without it, --base alone.",
         ),
     ] = None,
     base: Base = None,
@@ -71,7 +73,7 @@ def evaluate(
 
     request = EvaluationRequest(
         tasks=names(tasks),
-        adapter=adapter,
+        adapters=tuple(adapter or ()),
         base=base,
         data_dir=data_dir,
         limit=limit,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from moelora_plugin.errors import ConfigError, DataError, MissingDependencyError, first_line
 
 from .catalog import TASKS
+from .parsing import MISS
 from .prompts import gold, render
 from .task import Task
 
@@ -37,8 +38,8 @@ def load_split(
         seed: seed of that draw.
 
     Returns:
-        The rows, with the columns `task.columns`; where the task has an image column, only the rows
-        without an image.
+        The rows, with the columns `task.columns`: those with an image or those without, where the
+        task has only the ones or the others, and of them the slice that the task has.
 
     Raises:
         DataError: a file or column is missing, the split has no labels, or a label is unknown.
@@ -47,21 +48,15 @@ def load_split(
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"limit is {limit}, expected at least 1; leave --limit out for all rows.")
-    if data_dir is None:
-        dataset, source = _from_hub(task, split), f"{task.hub_id} on the hub"
-    else:
-        path = local_file(task, split, data_dir)
-        dataset, source = _from_file(task, path), str(path)
-    needed = (*task.columns, task.image) if task.image else task.columns
-    if missing := [column for column in needed if column not in dataset.column_names]:
+    dataset = (_pooled if task.parts else _checked)(task, split, data_dir)
+    rows = parse_slice(task.eval_slice if split == task.eval_split else task.train_slice)
+    if rows != slice(None):
+        dataset = dataset.select(range(len(dataset))[rows])
+    if not len(dataset):
         raise DataError(
-            f"Column {missing[0]!r} is missing in {source}, which has "
-            f"{', '.join(dataset.column_names)}; {task.name} expects {', '.join(needed)}."
+            f"No row of split {split!r} is left for {task.name}, which takes rows "
+            f"{task.eval_slice}; change --data-dir or --tasks."
         )
-    if task.image:
-        dataset = _without_images(dataset, task.image)
-    dataset = dataset.select_columns(list(task.columns))
-    _check_labels(task, dataset, split, source)
     if limit is not None and limit < len(dataset):
         dataset = dataset.select(sorted(random.Random(seed).sample(range(len(dataset)), limit)))
     return dataset
@@ -72,32 +67,83 @@ def load_for_lm_eval(
     data_dir: str | None = None,
     limit: int | None = None,
     seed: int = 0,
+    guess: bool = False,
     **_: Any,
 ) -> DatasetDict:
     """Rendered rows, as lm-eval's `custom_dataset` hook wants them.
 
     lm-eval calls it with a YAML file's `dataset_kwargs` and with all its metadata: what we put
-    there (data_dir, limit, seed) and what is not for us (version, config_source, model arguments).
+    there (data_dir, limit, seed, guess) and what is not for us (version, config_source, model
+    arguments).
 
     Returns:
-        One split, "evaluation", with the columns task, context, choices, gold and label.
+        One split, "evaluation", with the columns task, context, choices, gold, options, category,
+        image (None, or the bytes of the file), label and guess: the prediction where a written
+        answer is not found, MISS or with `guess` one of the row's answers, drawn with `seed`.
     """
     from datasets import Dataset, DatasetDict
 
     task = TASKS[task_name]
+    categories = dict(task.categories)
+    rng = random.Random(f"{task.name} {seed}")
     docs = []
     for row in load_split(task, task.eval_split, data_dir, limit, seed):
         prompt = render(task, row)
+        category = None if task.category is None else str(row[task.category])
         docs.append(
             {
                 "task": task.name,
                 "context": prompt.context,
                 "choices": list(prompt.choices),
                 "gold": prompt.gold,
-                "label": float(row[task.label] if task.rating else prompt.gold),
+                "options": list(prompt.options),
+                "category": categories.get(category, category) if category else None,
+                "image": row[task.image] if task.shows_images else None,
+                "label": float(row[task.label] if task.rating == "mean" else prompt.gold),
+                "guess": rng.randrange(len(prompt.choices)) if guess else MISS,
             }
         )
     return DatasetDict({EVALUATION: Dataset.from_list(docs)})
+
+
+def parse_slice(text: str) -> slice:
+    """Python's notation of a slice ("900:", "::40")."""
+    return slice(*(int(part) if part else None for part in text.split(":")))
+
+
+def _checked(task: Task, split: str, data_dir: str | Path | None) -> Dataset:
+    """The rows of a task's own dataset, with the columns it needs and labels it knows."""
+    if data_dir is None:
+        dataset, source = _from_hub(task, split), f"{task.hub_id} on the hub"
+    else:
+        path = local_file(task, split, data_dir)
+        dataset, source = _from_file(task, path), str(path)
+    dataset = dataset.rename_columns(
+        {old: new for old, new in task.renamed if new not in dataset.column_names}
+    )
+    needed = tuple(dict.fromkeys((*task.columns, *((task.image,) if task.image else ()))))
+    if missing := [column for column in needed if column not in dataset.column_names]:
+        raise DataError(
+            f"Column {missing[0]!r} is missing in {source}, which has "
+            f"{', '.join(dataset.column_names)}; {task.name} expects {', '.join(needed)}."
+        )
+    if task.image:
+        dataset = _by_image(dataset, task.image, with_image=task.shows_images)
+    dataset = dataset.select_columns(list(task.columns))
+    _check_labels(task, dataset, split, source)
+    return dataset
+
+
+def _pooled(task: Task, split: str, data_dir: str | Path | None) -> Dataset:
+    """The rows of a task's parts, one after the other; a column that a part lacks is empty."""
+    from datasets import concatenate_datasets
+
+    parts = []
+    for name in task.parts:
+        part = TASKS[name]
+        own = part.eval_split if split == task.eval_split else part.train_split
+        parts.append(_checked(part, own, data_dir))
+    return concatenate_datasets(parts).select_columns(list(task.columns))
 
 
 def local_file(task: Task, split: str, data_dir: str | Path) -> Path:
@@ -154,8 +200,11 @@ def _from_hub(task: Task, split: str) -> Dataset:
         ) from error
 
 
-def _without_images(dataset: Dataset, column: str) -> Dataset:
-    """The rows whose image is empty. Works on Arrow's validity bits: no image is decoded."""
+def _by_image(dataset: Dataset, column: str, *, with_image: bool) -> Dataset:
+    """The rows that have an image, or those that have none.
+
+    Works on Arrow's validity bits: no image is decoded.
+    """
     import numpy as np
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -163,7 +212,8 @@ def _without_images(dataset: Dataset, column: str) -> Dataset:
     images = dataset.data.column(column)
     if pa.types.is_struct(images.type):
         images = pc.struct_field(images, "bytes")
-    return dataset.select(np.flatnonzero(images.is_null()))
+    chosen = images.is_valid() if with_image else images.is_null()
+    return dataset.select(np.flatnonzero(chosen))
 
 
 def _check_labels(task: Task, dataset: Dataset, split: str, source: str) -> None:

@@ -48,19 +48,36 @@ def spearman(label: Array, pred: Array) -> Array:
     return pearson(rankdata(label, axis=-1), rankdata(pred, axis=-1))
 
 
+def parsed(label: Array, pred: Array) -> Array:
+    """Share of the rows in whose text an answer was found; MISS is a prediction below 0."""
+    del label
+    share: Array = (pred >= 0).mean(axis=-1)
+    return share
+
+
+def matthews_times_parsed(label: Array, pred: Array) -> Array:
+    """CoLA's metric in the paper's code: Matthews correlation of the parsed rows, times share."""
+    return matthews(label, pred) * parsed(label, pred)
+
+
 METRICS: dict[str, Metric] = {
     "acc": accuracy,
     "f1": f1,
     "mcc": matthews,
+    "mcc_x_parsed": matthews_times_parsed,
+    "parsed": parsed,
     "pearson": pearson,
     "spearman": spearman,
 }
 
 
 def _confusion(label: Array, pred: Array) -> tuple[Array, Array, Array, Array]:
-    """Counts of true and false positives, false and true negatives, class 1 being positive."""
-    truth, guess = label == 1, pred == 1
-    pairs = (truth & guess, ~truth & guess, truth & ~guess, ~truth & ~guess)
+    """Counts of true and false positives, false and true negatives, class 1 being positive.
+
+    A row without a prediction is none of them.
+    """
+    truth, yes, no = label == 1, pred == 1, pred == 0
+    pairs = (truth & yes, ~truth & yes, truth & no, ~truth & no)
     tp, fp, fn, tn = (pair.sum(axis=-1).astype(np.float64) for pair in pairs)
     return tp, fp, fn, tn
 

@@ -1,4 +1,4 @@
-"""From the log-likelihoods of a row's answers to a prediction, and to what lm-eval aggregates.
+"""From what a model answered to a prediction, and to what lm-eval aggregates.
 
 Every metric of a row is the pair (label, prediction); the aggregations turn a list of pairs into
 the metric. lm-eval has no standard errors for aggregations that are not its own, and its bootstrap
@@ -14,6 +14,7 @@ import numpy as np
 
 from .catalog import TASKS
 from .metrics import METRICS
+from .parsing import MISS, PARSERS
 from .task import Task
 
 Pair = tuple[float, float]
@@ -38,17 +39,21 @@ def predict(task: Task, loglikelihoods: Sequence[float]) -> float:
 
 
 def process_results(
-    doc: Mapping[str, Any], results: Sequence[tuple[float, bool]]
+    doc: Mapping[str, Any], results: Sequence[tuple[float, bool]] | Sequence[str]
 ) -> dict[str, Pair]:
     """lm-eval's hook: the metrics of one row.
 
     Args:
         doc: a row of `loading.load_for_lm_eval`.
-        results: (log-likelihood, is greedy) of each answer.
+        results: (log-likelihood, is greedy) of each answer, or the one text that was written.
     """
     task = TASKS[doc["task"]]
-    pair = (doc["label"], predict(task, [loglikelihood for loglikelihood, _ in results]))
-    return dict.fromkeys((*task.metrics, SCORE), pair)
+    if task.generates:
+        found = PARSERS[task.parser](task, str(results[0]), tuple(doc["options"]))
+        pred = float(doc["guess"] if found == MISS else found)
+    else:
+        pred = predict(task, [float(result[0]) for result in results])
+    return dict.fromkeys((*task.metrics, SCORE), (doc["label"], pred))
 
 
 def _aggregation(*names: str) -> Callable[[Sequence[Pair]], float]:
@@ -64,6 +69,8 @@ def _aggregation(*names: str) -> Callable[[Sequence[Pair]], float]:
 acc = _aggregation("acc")
 f1 = _aggregation("f1")
 mcc = _aggregation("mcc")
+mcc_x_parsed = _aggregation("mcc_x_parsed")
+parsed = _aggregation("parsed")
 pearson = _aggregation("pearson")
 spearman = _aggregation("spearman")
 acc_and_f1 = _aggregation("acc", "f1")

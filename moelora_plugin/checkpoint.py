@@ -23,7 +23,7 @@ from huggingface_hub import snapshot_download
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import __version__
 from .base_model import HUB_ERRORS, load_base_model
@@ -94,7 +94,7 @@ def save_adapter(
 def load_adapter(
     path: Path | str,
     *,
-    base: str | None = None,
+    base: str | PreTrainedModel | None = None,
     dtype: str = "auto",
     device: str | None = None,
     allow_base_mismatch: bool = False,
@@ -108,7 +108,8 @@ def load_adapter(
 
     Args:
         path: folder or hub id of an adapter (of any PEFT type).
-        base: folder or hub id of the base; the adapter's own where left out.
+        base: folder or hub id of the base, or the base itself, which the adapter is put on; the
+            adapter's own where left out.
         dtype: "auto" (the checkpoint's on an accelerator, float32 on a CPU) or a torch dtype's
             name.
         device: "cpu", "cuda", ...; the accelerator where there is one.
@@ -124,17 +125,15 @@ def load_adapter(
         AdapterError: damaged files, missing tensors, or another base.
         MissingDependencyError: adapter or base is not a folder and the hub cannot be reached.
     """
-    folder = resolve_adapter(path)
-    config = read_adapter_config(folder)
-    verify_weights(folder)
-    recorded = config.get("base_model_name_or_path")
-    base = base or recorded
-    if not base:
-        raise ConfigError(f"{CONFIG_FILE} in {folder} names no base model; pass base (--base).")
-    if not allow_base_mismatch:
-        _refuse_other_name(base, recorded)
-    revision = config.get("revision") if base == recorded else None
-    base_model = load_base_model(base, revision=revision, dtype=dtype, device=device)
+    given = base.name_or_path if isinstance(base, PreTrainedModel) else base
+    folder, name = check_adapter(path, given, allow_base_mismatch=allow_base_mismatch)
+    if isinstance(base, PreTrainedModel):
+        base_model = base
+    else:
+        config = read_adapter_config(folder)
+        recorded = config.get("base_model_name_or_path")
+        revision = config.get("revision") if name == recorded else None
+        base_model = load_base_model(name, revision=revision, dtype=dtype, device=device)
     try:
         with warnings.catch_warnings():
             # PEFT only warns of missing tensors; below they are an error, which says more.
@@ -145,17 +144,46 @@ def load_adapter(
             model = PeftModel.from_pretrained(base_model, str(folder), low_cpu_mem_usage=is_wide)
     except (RuntimeError, ValueError) as error:
         raise AdapterError(
-            f"The adapter in {folder} does not fit the base {base!r}: {first_line(error)}; pass "
+            f"The adapter in {folder} does not fit the base {name!r}: {first_line(error)}; pass "
             "the base it was trained on (--base)."
         ) from error
     _refuse_missing_tensors(folder, model)
     if not allow_base_mismatch:
-        _refuse_other_weights(model, read_manifest(folder).get("base_fingerprint"), base)
+        _refuse_other_weights(model, read_manifest(folder).get("base_fingerprint"), name)
     if fold:
         with contextlib.suppress(ExportError):  # which comes before anything is touched
             model.merge_adapter()
-    tokenizer_home = str(folder) if (folder / "tokenizer_config.json").exists() else base
+    tokenizer_home = str(folder) if (folder / "tokenizer_config.json").exists() else name
     return model.eval(), AutoTokenizer.from_pretrained(tokenizer_home)
+
+
+def check_adapter(
+    path: Path | str, base: str | None = None, *, allow_base_mismatch: bool = False
+) -> tuple[Path, str]:
+    """What can be told of an adapter before its base is loaded.
+
+    Args:
+        path: folder or hub id of an adapter.
+        base: folder or hub id of the base it is to be put on; the adapter's own where left out.
+        allow_base_mismatch: accept another hub id than the adapter's own.
+
+    Returns:
+        Its local folder, and the folder or hub id of its base.
+
+    Raises:
+        AdapterError: damaged files, or another base.
+        ConfigError: no base is known.
+        MissingDependencyError: not a folder, and the hub cannot be reached.
+    """
+    folder = resolve_adapter(path)
+    recorded = read_adapter_config(folder).get("base_model_name_or_path")
+    verify_weights(folder)
+    name = base or recorded
+    if not name:
+        raise ConfigError(f"{CONFIG_FILE} in {folder} names no base model; pass base (--base).")
+    if not allow_base_mismatch:
+        _refuse_other_name(name, recorded)
+    return folder, name
 
 
 def resolve_adapter(path: Path | str) -> Path:

@@ -50,18 +50,16 @@ class DemoResult:
     def table(self) -> Table:
         """For the terminal."""
         measured = self.evaluation.tasks[TASK]
-        assert measured.base is not None
-        assert measured.difference is not None
-        low, high = measured.difference.interval
+        ((adapter, difference),) = measured.differences.items()
+        low, high = difference.interval
+        before, after = (100 * measured.metrics[name]["acc"].value for name in (BASE, adapter))
         table = Table(title="moelora demo", show_header=False)
         table.add_row("Data", escape(self.data))
-        table.add_row("Accuracy, base", f"{100 * measured.base['acc'].value:.1f} % of {measured.n}")
-        table.add_row(
-            "Accuracy, adapter", f"[bold]{100 * measured.metrics['acc'].value:.1f} %[/bold]"
-        )
+        table.add_row("Accuracy, base", f"{before:.1f} % of {measured.n}")
+        table.add_row("Accuracy, adapter", f"[bold]{after:.1f} %[/bold]")
         table.add_row(
             "Difference",
-            f"{100 * measured.difference.value:+.1f} points, 95 % interval "
+            f"{100 * difference.value:+.1f} points, 95 % interval "
             f"{100 * low:+.1f} to {100 * high:+.1f}",
         )
         table.add_row(
@@ -121,7 +119,7 @@ def run_demo(
     report = evaluate(
         EvaluationRequest(
             tasks=(TASK,),
-            adapter=str(trained.adapter_dir),
+            adapters=(str(trained.adapter_dir),),
             data_dir=folder,
             limit=EVALUATION_ROWS,
             compare_base=True,

@@ -6,8 +6,10 @@ from .report import EvaluationReport
 from .request import EvaluationRequest
 from .runner import evaluate, evaluate_model
 from .statistics import Difference, Estimate, Measurement
+from .subjects import BASE
 
 __all__ = [
+    "BASE",
     "Difference",
     "Estimate",
     "EvaluationReport",

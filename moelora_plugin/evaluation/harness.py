@@ -9,11 +9,9 @@ adapter's.
 
 from __future__ import annotations
 
-import copy
 import hashlib
-import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.resources import files
@@ -27,6 +25,7 @@ from moelora_eval_tasks.scoring import SCORE
 
 from ..call import routing_ids
 from ..errors import MissingDependencyError
+from .lm import quiet
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
@@ -42,6 +41,7 @@ class LoadedTasks:
         data_dir: where the rows came from; None is the hub.
         limit: rows drawn per task; None took all.
         seed: of that draw, and of what else is drawn in the run.
+        guess: whether a guess takes the place of an answer that is not found.
         lm_eval: lm-eval's objects for them.
     """
 
@@ -50,6 +50,7 @@ class LoadedTasks:
     data_dir: str | None
     limit: int | None
     seed: int
+    guess: bool
     lm_eval: Any
 
     @property
@@ -59,6 +60,14 @@ class LoadedTasks:
         context: str = task.task_docs[0]["context"]
         return context
 
+    def categories(self, name: str) -> list[str]:
+        """The category of each row of one task."""
+        return [document["category"] for document in self.documents(name)]
+
+    def documents(self, name: str) -> list[dict[str, Any]]:
+        """The rendered rows of one task, as `loading.load_for_lm_eval` makes them."""
+        return list(self.lm_eval["tasks"][PREFIX + name].task_docs)
+
 
 @dataclass(frozen=True)
 class Predictions:
@@ -67,16 +76,22 @@ class Predictions:
     Attributes:
         label: labels (n,): indices of the right answers, or real numbers for a rating.
         pred: predictions (n,), of the same kind.
+        answers: what it answered (n,): the likeliest of the answers, or the text it wrote.
         prompts_sha256: digest of every context and choice that was scored.
     """
 
     label: Array
     pred: Array
+    answers: tuple[str, ...]
     prompts_sha256: str
 
 
 def load_tasks(
-    names: Sequence[str], data_dir: str | None = None, limit: int | None = None, seed: int = 0
+    names: Sequence[str],
+    data_dir: str | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    guess: bool = False,
 ) -> LoadedTasks:
     """Read and render the rows of tasks.
 
@@ -84,7 +99,8 @@ def load_tasks(
         names: tasks and groups in any spelling.
         data_dir: folder with local parquet files; None reads from the hub.
         limit: rows per task; None takes all.
-        seed: of the draw of rows.
+        seed: of the draw of rows and of the guesses.
+        guess: whether a guess takes the place of an answer that is not found.
 
     Raises:
         ConfigError: an unknown task, or a limit below 1.
@@ -109,46 +125,35 @@ def load_tasks(
     manager = TaskManager(
         include_path=str(files("moelora_eval_tasks")),
         include_defaults=False,  # indexing lm-eval's own 14,000 tasks takes 20 seconds
-        metadata={"data_dir": data_dir, "limit": limit, "seed": seed},
+        metadata={"data_dir": data_dir, "limit": limit, "seed": seed, "guess": guess},
     )
-    with _quiet("lm_eval.api.task"):  # advises every custom_dataset to try the --metadata option
+    with quiet("lm_eval.api.task"):  # advises every custom_dataset to try the --metadata option
         loaded = manager.load([PREFIX + task.name for task in tasks])
-    return LoadedTasks(tuple(names), tuple(tasks), data_dir, limit, seed, loaded)
-
-
-def wrap(model: Any, tokenizer: Any, batch_size: int) -> HFLM:
-    """lm-eval's view of a model in memory."""
-    from lm_eval.models.huggingface import HFLM
-
-    with _quiet("lm_eval.models.huggingface"):  # warns that the model was not loaded by lm-eval
-        return HFLM(
-            pretrained=model,
-            tokenizer=copy.deepcopy(tokenizer),  # lm-eval sets a pad token where there is none
-            batch_size=batch_size,
-            softmax_dtype="float32",  # in bf16 two answers would often tie
-        )
+    return LoadedTasks(tuple(names), tuple(tasks), data_dir, limit, seed, guess, loaded)
 
 
 def predict(
     lm: HFLM, loaded: LoadedTasks, task_ids: Mapping[str, int] | None = None
 ) -> dict[str, Predictions]:
-    """Answer every row of the loaded tasks.
+    """Answer every row of the loaded tasks, one task after the other.
 
     Args:
         lm: the model.
         loaded: the tasks.
-        task_ids: ids by task name, for adapters that route by it. Tasks are then scored one after
-            the other, because lm-eval mixes their rows in its batches.
+        task_ids: ids by task name, for adapters that route by it.
 
     Returns:
         Predictions by task name, in the rows' order.
     """
-    if not task_ids:
-        return _predict(lm, loaded.lm_eval)
-    found: dict[str, Predictions] = {}
-    for key, task in loaded.lm_eval["tasks"].items():
-        with task_id_of(lm.model, key.removeprefix(PREFIX), task_ids):
-            found |= _predict(lm, {**loaded.lm_eval, "tasks": {key: task}})
+    from lm_eval.evaluator import evaluate
+
+    found = {}
+    for task in loaded.tasks:
+        key = PREFIX + task.name
+        tasks = {**loaded.lm_eval, "tasks": {key: loaded.lm_eval["tasks"][key]}}
+        with task_id_of(lm.model, task.name, task_ids):
+            results: Any = evaluate(lm, tasks, bootstrap_iters=0)
+        found[task.name] = _collect(task, results["samples"][key])
     return found
 
 
@@ -161,32 +166,20 @@ def task_id_of(
     return routing_ids(model, task_id=task_ids[name])
 
 
-def _predict(lm: HFLM, tasks: Any) -> dict[str, Predictions]:
-    from lm_eval.evaluator import evaluate
-
-    results: Any = evaluate(lm, tasks, bootstrap_iters=0)
-    return {
-        name.removeprefix(PREFIX): _collect(samples) for name, samples in results["samples"].items()
-    }
-
-
-def _collect(samples: list[dict[str, Any]]) -> Predictions:
+def _collect(task: Task, samples: list[dict[str, Any]]) -> Predictions:
     samples = sorted(samples, key=lambda sample: int(sample["doc_id"]))
     label, pred = np.asarray([sample[SCORE] for sample in samples], dtype=np.float64).T
     digest = hashlib.sha256()
     for sample in samples:
-        for context, choice in sample["arguments"]:
-            digest.update(f"{context}\0{choice}\0".encode())
-    return Predictions(label, pred, digest.hexdigest())
+        for context, second, *_ in sample["arguments"]:
+            digest.update(f"{context}\0{'' if task.generates else second}\0".encode())
+    return Predictions(label, pred, tuple(map(_answer, samples)), digest.hexdigest())
 
 
-@contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    """Hide the warnings of one logger."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+def _answer(sample: dict[str, Any]) -> str:
+    """The text that was written, or the likeliest of the answers."""
+    responses = sample["filtered_resps"]
+    if isinstance(responses[0], str):
+        return responses[0]
+    best = int(np.argmax([loglikelihood for loglikelihood, _ in responses]))
+    return str(sample["doc"]["choices"][best]).strip()

@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from moelora_eval_tasks.catalog import Task
+from moelora_eval_tasks.catalog import TASKS, Task
 from moelora_eval_tasks.loading import local_file
 
 from ..checkpoint import CONFIG_FILE, WEIGHTS_FILE, resolve_adapter
@@ -34,8 +34,10 @@ def datasets_of(tasks: Iterable[Task], data_dir: str | None) -> dict[str, dict[s
     """Where each task's rows came from: hub id and revision, or a local file and its digest."""
     records: dict[str, dict[str, Any]] = {}
     for task in tasks:
-        record: dict[str, Any] = {"split": task.eval_split}
-        if data_dir is None:
+        record: dict[str, Any] = {"split": task.eval_split, "rows": task.eval_slice}
+        if task.parts:
+            record["parts"] = datasets_of([TASKS[name] for name in task.parts], data_dir)
+        elif data_dir is None:
             record |= {"hub_id": task.hub_id, "config": task.config, "revision": task.revision}
         else:
             path = local_file(task, task.eval_split, data_dir)

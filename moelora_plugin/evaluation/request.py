@@ -17,30 +17,32 @@ class EvaluationRequest:
 
     Attributes:
         tasks: tasks and groups in any spelling the catalog knows ("glue", "siqa").
-        adapter: folder or hub id of an adapter; None evaluates `base` alone.
-        base: model to put the adapter on; None takes the one the adapter was trained on.
+        adapters: folders or hub ids of adapters, all for one base; none evaluates `base` alone.
+        base: model to put the adapters on; None takes the one the adapters were trained on.
         data_dir: folder with local parquet files; None reads from the hub.
         limit: rows per task, drawn with `seed`; None takes all.
         batch_size: rows per forward pass. It changes the speed, not the scores.
-        compare_base: also score the base without the adapter, on the same load and the same rows.
+        compare_base: also score the base without an adapter, on the same load and the same rows.
+        guess: where a written answer is not found, guess one with `seed`; else that is a miss.
         dtype: of the weights: "auto" (as saved) or a torch dtype's name.
         device: "cpu", "cuda", ...; None takes a GPU where there is one.
-        seed: of the draw of rows and of the bootstrap.
+        seed: of the draw of rows, of the guesses and of the bootstrap.
         output: file to write, or folder for `moelora_eval.json`; None is the current folder.
         overwrite: replace an existing file.
-        allow_base_mismatch: put the adapter on another base than it was trained on.
+        allow_base_mismatch: put an adapter on another base than it was trained on.
 
     Raises:
         ConfigError: the values do not go together.
     """
 
     tasks: tuple[str, ...]
-    adapter: str | None = None
+    adapters: tuple[str, ...] = ()
     base: str | None = None
     data_dir: str | None = None
     limit: int | None = None
     batch_size: int = 8
     compare_base: bool = False
+    guess: bool = False
     dtype: str = "auto"
     device: str | None = None
     seed: int = 0
@@ -49,14 +51,16 @@ class EvaluationRequest:
     allow_base_mismatch: bool = False
 
     def __post_init__(self) -> None:
-        if self.adapter is None and self.base is None:
+        if not self.adapters and self.base is None:
             raise ConfigError(
                 "No model is given to evaluate; pass --adapter, or --base for a base alone."
             )
-        if self.compare_base and self.adapter is None:
+        if self.compare_base and not self.adapters:
             raise ConfigError(
                 "--compare-base compares an adapter with its base; pass --adapter too."
             )
+        if len(set(self.adapters)) < len(self.adapters):
+            raise ConfigError("An adapter is given twice; pass each --adapter once.")
         for key, value in (("limit", self.limit), ("batch_size", self.batch_size)):
             if value is not None and value < 1:
                 raise ConfigError(

@@ -2,14 +2,14 @@
 
 Rows are drawn with replacement, 1,000 times (Efron and Tibshirani, *An Introduction to the
 Bootstrap*, 1993, ch. 6 and 13). A standard error is the standard deviation of the metric over the
-draws. Base and adapter see the same draws, so their difference is paired: rows that both get right
+draws. All models see the same draws, so their differences are paired: rows that both get right
 cancel.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,7 +34,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Difference:
-    """The adapter's score minus the base's.
+    """A model's score minus the reference's.
 
     Attributes:
         value: on the rows as they are.
@@ -51,65 +51,85 @@ class Difference:
         low, high = np.quantile(self.draws, (tail, 1 - tail))
         return float(low), float(high)
 
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in the JSON file."""
+        low, high = self.interval
+        return {"value": self.value, "low": low, "high": high, "confidence": CONFIDENCE}
+
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one task, or one group of tasks, came out at.
+    """What the models came out at on one task, or on one group of tasks.
 
     Attributes:
         n: rows.
-        metrics: the task's official metrics and "score", their mean; a group has only "score".
-        base: the same of the base alone, where it was compared.
-        difference: score of the adapter minus score of the base, where it was compared.
+        metrics: by model the task's metrics and "score", the mean of those that are scored; a
+            group has only "score".
+        differences: by model its score minus the reference's; empty without a reference.
+        categories: the same on the rows of each category, where the task has categories.
     """
 
     n: int
-    metrics: dict[str, Estimate]
-    base: dict[str, Estimate] | None = None
-    difference: Difference | None = None
+    metrics: dict[str, dict[str, Estimate]]
+    differences: dict[str, Difference] = field(default_factory=dict)
+    categories: dict[str, Measurement] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in the JSON file."""
-        record: dict[str, Any] = {"n": self.n, "metrics": _records(self.metrics)}
-        if self.base is not None and self.difference is not None:
-            low, high = self.difference.interval
-            record["base"] = _records(self.base)
-            record["difference"] = {
-                "value": self.difference.value,
-                "low": low,
-                "high": high,
-                "confidence": CONFIDENCE,
-            }
-        return record
+        return {
+            "n": self.n,
+            "metrics": {
+                model: {name: vars(estimate) for name, estimate in metrics.items()}
+                for model, metrics in self.metrics.items()
+            },
+            "differences": {model: one.to_dict() for model, one in self.differences.items()},
+            "categories": {name: one.to_dict() for name, one in self.categories.items()},
+        }
 
 
 def measure(
-    task: Task, label: Array, pred: Array, base_pred: Array | None = None, seed: int = 0
+    task: Task,
+    label: Array,
+    preds: Mapping[str, Array],
+    reference: str | None = None,
+    seed: int = 0,
+    categories: Sequence[str] | None = None,
 ) -> Measurement:
     """Score one task.
 
     Args:
         task: an entry of the catalog.
         label: labels (n,).
-        pred: predictions (n,) of the model.
-        base_pred: predictions (n,) of the base on the same rows, to compare with.
+        preds: predictions (n,) on the same rows, by model.
+        reference: the model that the others are compared with.
         seed: of the draws; each task draws from its own stream, so that its numbers do not depend
             on which other tasks are run.
+        categories: of each row (n,), to break the scores down by.
     """
-    preds = [pred] if base_pred is None else [pred, base_pred]
     drawn = _bootstrap(task, label, preds, seed)
-    metrics, *base = [
-        {
-            name: Estimate(float(value), float(draws[name].std(ddof=1)))
-            for name, value in _evaluate(task, label, one).items()
+    metrics = {
+        model: {
+            name: Estimate(float(value), float(drawn[model][name].std(ddof=1)))
+            for name, value in _evaluate(task, label, pred).items()
         }
-        for one, draws in zip(preds, drawn, strict=True)
-    ]
-    if not base:
-        return Measurement(len(label), metrics)
-    value = metrics[SCORE].value - base[0][SCORE].value
-    difference = Difference(value, drawn[0][SCORE] - drawn[1][SCORE])
-    return Measurement(len(label), metrics, base[0], difference)
+        for model, pred in preds.items()
+    }
+    differences = {
+        model: Difference(
+            metrics[model][SCORE].value - metrics[reference][SCORE].value,
+            drawn[model][SCORE] - drawn[reference][SCORE],
+        )
+        for model in preds
+        if reference is not None and model != reference
+    }
+    parts = {}
+    if categories is not None:
+        of_row = np.asarray(categories)
+        for category in dict.fromkeys(categories):
+            rows = of_row == category
+            chosen = {model: pred[rows] for model, pred in preds.items()}
+            parts[category] = measure(task, label[rows], chosen, reference, seed)
+    return Measurement(len(label), metrics, differences, parts)
 
 
 def combine(members: Sequence[Measurement]) -> Measurement:
@@ -117,47 +137,47 @@ def combine(members: Sequence[Measurement]) -> Measurement:
 
     The tasks' rows are independent, so the standard error is sqrt(sum_k stderr_k^2) / K.
     """
-    base = [member.base for member in members if member.base is not None]
-    differences = [member.difference for member in members if member.difference is not None]
-    n = sum(member.n for member in members)
-    metrics = {SCORE: _mean([member.metrics[SCORE] for member in members])}
-    if not differences:
-        return Measurement(n, metrics)
-    difference = Difference(
-        float(np.mean([one.value for one in differences])),
-        np.mean([one.draws for one in differences], axis=0),
+    first = members[0]
+    return Measurement(
+        sum(member.n for member in members),
+        {
+            model: {SCORE: _mean([member.metrics[model][SCORE] for member in members])}
+            for model in first.metrics
+        },
+        {
+            model: Difference(
+                float(np.mean([member.differences[model].value for member in members])),
+                np.mean([member.differences[model].draws for member in members], axis=0),
+            )
+            for model in first.differences
+        },
     )
-    return Measurement(n, metrics, {SCORE: _mean([one[SCORE] for one in base])}, difference)
 
 
 def _bootstrap(
-    task: Task, label: Array, preds: Sequence[Array], seed: int
-) -> list[dict[str, Array]]:
-    """Every metric on every draw, (DRAWS,), for each set of predictions."""
+    task: Task, label: Array, preds: Mapping[str, Array], seed: int
+) -> dict[str, dict[str, Array]]:
+    """Every metric on every draw, (DRAWS,), for each model."""
     n = len(label)
     rng = np.random.default_rng([seed, zlib.crc32(task.name.encode())])
     step = max(1, _CHUNK // n)
-    chunks: list[list[dict[str, Array]]] = [[] for _ in preds]
+    chunks: dict[str, list[dict[str, Array]]] = {model: [] for model in preds}
     for start in range(0, DRAWS, step):
         rows = rng.integers(n, size=(min(step, DRAWS - start), n))
-        for chunk, pred in zip(chunks, preds, strict=True):
-            chunk.append(_evaluate(task, label[rows], pred[rows]))
-    return [
-        {name: np.concatenate([part[name] for part in chunk]) for name in chunk[0]}
-        for chunk in chunks
-    ]
+        for model, pred in preds.items():
+            chunks[model].append(_evaluate(task, label[rows], pred[rows]))
+    return {
+        model: {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        for model, parts in chunks.items()
+    }
 
 
 def _evaluate(task: Task, label: Array, pred: Array) -> dict[str, Array]:
     """The task's metrics and its score over the last axis."""
     values = {name: METRICS[name](label, pred) for name in task.metrics}
-    return {**values, SCORE: np.mean(list(values.values()), axis=0)}
+    return {**values, SCORE: np.mean([values[name] for name in task.scored], axis=0)}
 
 
 def _mean(estimates: Sequence[Estimate]) -> Estimate:
     stderr = np.sqrt(np.sum([one.stderr**2 for one in estimates])) / len(estimates)
     return Estimate(float(np.mean([one.value for one in estimates])), float(stderr))
-
-
-def _records(estimates: dict[str, Estimate]) -> dict[str, dict[str, float]]:
-    return {name: {"value": e.value, "stderr": e.stderr} for name, e in estimates.items()}

@@ -23,7 +23,10 @@ _MAX_TARGETS = 12
 
 
 def read_scores(eval_file: Path | str | None, adapter: Path) -> dict[str, Any]:
-    """The tasks of a `moelora_eval.json`, if it was made with this adapter.
+    """What this adapter, and its base where that is there, came out at in a `moelora_eval.json`.
+
+    Returns:
+        By task the rows `n`, the adapter's `metrics` and the `base`'s.
 
     Raises:
         ConfigError: no such file, not such a file, or the scores of something else.
@@ -34,18 +37,29 @@ def read_scores(eval_file: Path | str | None, adapter: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         tasks: dict[str, Any] = dict(content["tasks"])
-        measured = content.get("adapter", {}).get("sha256", {}).get(WEIGHTS_FILE)
+        measured = {
+            record.get("sha256", {}).get(WEIGHTS_FILE): model
+            for model, record in content["models"].items()
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"--eval-file {path} is not a moelora_eval.json; make one with moelora eval."
         ) from error
-    if measured != sha256_of(adapter / WEIGHTS_FILE):
-        whose = "no saved adapter" if measured is None else "other weights"
+    model = measured.get(sha256_of(adapter / WEIGHTS_FILE))
+    if model is None:
+        whose = "other weights" if any(measured) else "no saved adapter"
         raise ConfigError(
             f"--eval-file {path} holds the scores of {whose}; make one with moelora eval --adapter "
             f"{adapter}."
         )
-    return tasks
+    return {
+        task: {
+            "n": one["n"],
+            "metrics": one["metrics"][model],
+            "base": one["metrics"].get(content["reference"], {}),
+        }
+        for task, one in tasks.items()
+    }
 
 
 def adapter_card(
@@ -163,7 +177,7 @@ def _scores(scores: Mapping[str, Any], title: str = "Scores") -> str:
         # The score of a task with a single metric is that metric.
         for metric in official if len(official) == 1 else [*official, SCORE]:
             estimate = result["metrics"][metric]
-            base = result.get("base", {}).get(metric)
+            base = result["base"].get(metric)
             rows.append(
                 f"| {task} | {result['n']} | {metric} | {_points(base) if base else ''} | "
                 f"{_points(estimate)} |"
