@@ -13,7 +13,7 @@ from rich.table import Table
 from ..analysis.plots import plot_expert_load, plot_loss
 from ..checkpoint import read_manifest
 from ..errors import ConfigError
-from ..evaluation import EvaluationReport, EvaluationRequest, evaluate
+from ..evaluation import BASE, EvaluationReport, EvaluationRequest, evaluate
 from ..export import export_adapter
 from ..files import refuse_existing
 from ..training import TrainResult, load_recipe, train
