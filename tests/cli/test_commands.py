@@ -61,7 +61,7 @@ def test_eval(boundary: Any) -> None:
     assert result.exit_code == 0, result.output
     request.assert_called_once_with(
         tasks=("glue", "siqa"),
-        adapter="a",
+        adapters=("a",),
         base="b",
         data_dir="rows",
         limit=5,

@@ -77,10 +77,11 @@ def test_train_evaluate_inspect_export_load(work: Path) -> None:
         *("--compare-base", "--output", scores),
     ).stdout
     measured = json.loads(scores.read_text())["tasks"]["sst2"]
-    assert measured["metrics"]["acc"]["value"] == 1.0  # the word decides, and 100 steps learn it
-    assert measured["base"]["acc"]["value"] < 0.75
-    assert measured["difference"]["low"] > 0
-    assert f"{100 * measured['difference']['value']:+.2f}" in evaluated
+    accuracy = {name: metrics["acc"]["value"] for name, metrics in measured["metrics"].items()}
+    assert accuracy["adapter"] == 1.0  # the word decides, and 100 steps learn it
+    assert accuracy["base"] < 0.75
+    assert measured["differences"]["adapter"]["low"] > 0
+    assert f"{100 * measured['differences']['adapter']['value']:+.2f}" in evaluated
     assert f"Written to {scores}" in evaluated
 
     inspected = moelora("inspect", adapter).stdout
@@ -108,7 +109,7 @@ def test_train_evaluate_inspect_export_load(work: Path) -> None:
         *("--output", work / "merged.json"),
     )
     measured = json.loads((work / "merged.json").read_text())["tasks"]["sst2"]
-    assert measured["metrics"]["acc"]["value"] > 0.9
+    assert measured["metrics"]["base"]["acc"]["value"] > 0.9
 
 
 def test_training_in_a_process_of_its_own(work: Path) -> None:

@@ -33,7 +33,7 @@ def test_an_adapter_from_disk_scores_as_the_one_in_memory(
 ) -> None:
     request = EvaluationRequest(
         tasks=("stsb",),
-        adapter=adapter_folder,
+        adapters=(adapter_folder,),
         data_dir=data_dir,
         compare_base=True,
         device="cpu",
@@ -43,13 +43,15 @@ def test_an_adapter_from_disk_scores_as_the_one_in_memory(
     in_memory = evaluate_model(
         adapter, tiny_tokenizer(), ["stsb"], data_dir=data_dir, compare_base=True
     )
-    assert report.tasks["stsb"].metrics == in_memory.tasks["stsb"].metrics
-    assert report.tasks["stsb"].base == in_memory.tasks["stsb"].base
+    from_disk, expected = (one.tasks["stsb"].metrics for one in (report, in_memory))
+    assert list(from_disk) == ["base", "adapter"]
+    assert from_disk["adapter"] == expected["model"]
+    assert from_disk["base"] == expected["base"]
     content = json.loads(output.read_text(encoding="utf-8"))
     assert content["request"]["tasks"] == ["stsb"]
-    assert content["model"]["base"] == base_folder
-    assert content["adapter"]["path"] == adapter_folder
-    assert len(content["adapter"]["sha256"]["adapter_model.safetensors"]) == 64
+    assert content["models"]["adapter"]["base"] == base_folder
+    assert content["models"]["adapter"]["path"] == adapter_folder
+    assert len(content["models"]["adapter"]["sha256"]["adapter_model.safetensors"]) == 64
 
 
 def test_a_base_alone_is_scored(base_folder: str, data_dir: str, output: Path) -> None:
@@ -57,7 +59,8 @@ def test_a_base_alone_is_scored(base_folder: str, data_dir: str, output: Path) -
         tasks=("rte",), base=base_folder, data_dir=data_dir, device="cpu", output=output
     )
     in_memory = evaluate_model(tiny_llama(), tiny_tokenizer(), ["rte"], data_dir=data_dir)
-    assert evaluate(request).tasks == in_memory.tasks
+    scored = evaluate(request).tasks["rte"].metrics["base"]
+    assert scored == in_memory.tasks["rte"].metrics["model"]
     assert output.is_file()
 
 
@@ -74,7 +77,7 @@ def test_a_base_without_a_tokenizer_is_refused(data_dir: str, tmp_path: Path, ou
 def test_what_can_be_refused_is_refused_before_the_model_is_loaded(
     data_dir: str, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner, "_load_model", None)
+    monkeypatch.setattr(runner, "subjects", None)
 
     def refused(**change: object) -> None:
         request = {"tasks": ("rte",), "base": "a/model", "data_dir": data_dir, "output": output}
@@ -94,7 +97,7 @@ def test_a_damaged_adapter_leaves_no_file(adapter_folder: str, data_dir: str, ou
     weights = Path(adapter_folder) / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:200])
     request = EvaluationRequest(
-        tasks=("rte",), adapter=adapter_folder, data_dir=data_dir, output=output
+        tasks=("rte",), adapters=(adapter_folder,), data_dir=data_dir, output=output
     )
     with pytest.raises(AdapterError, match="truncated or damaged"):
         evaluate(request)

@@ -48,12 +48,20 @@ def eval_file(path: Path, folder: Path, **changes: Any) -> Path:
     worse = {"value": 0.5, "stderr": 0.03}
     sst2 = {
         "n": 200,
-        "metrics": {"acc": estimate, "score": estimate},
-        "base": {"acc": worse, "score": worse},
+        "metrics": {
+            "base": {"acc": worse, "score": worse},
+            "a": {"acc": estimate, "score": estimate},
+        },
     }
-    mrpc = {"n": 408, "metrics": {"acc": worse, "f1": estimate, "score": estimate}}
+    mrpc = {"n": 408, "metrics": {"a": {"acc": worse, "f1": estimate, "score": estimate}}}
     digests = {"adapter_model.safetensors": sha256_of(folder / "adapter_model.safetensors")}
-    content = {"tasks": {"sst2": sst2, "mrpc": mrpc}, "adapter": {"sha256": digests}, **changes}
+    content = {
+        "format_version": 2,
+        "models": {"base": {}, "a": {"sha256": digests}},
+        "reference": "base",
+        "tasks": {"sst2": sst2, "mrpc": mrpc},
+        **changes,
+    }
     path.write_text(json.dumps(content))
     return path
 
@@ -149,8 +157,11 @@ def test_an_adapter_without_a_manifest_has_a_card_too(base: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ({"adapter": {"sha256": {"adapter_model.safetensors": "0" * 64}}}, "of other weights"),
-        ({"adapter": {}}, "of no saved adapter"),
+        (
+            {"models": {"a": {"sha256": {"adapter_model.safetensors": "0" * 64}}}},
+            "of other weights",
+        ),
+        ({"models": {"a": {}}}, "of no saved adapter"),
         ({"tasks": 3}, "is not a moelora_eval.json"),
         (None, "is not a moelora_eval.json"),
         (b"\xff\x00", "is not a moelora_eval.json"),
