@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import time
+
 from rich.console import Console, RenderableType
+
+_LAUNCHER_SECONDS = 30  # the first takes some to leave Python, on a busy machine
 
 
 def display(*renderables: RenderableType) -> None:
@@ -16,7 +21,13 @@ def display(*renderables: RenderableType) -> None:
 
 
 def display_error(error: Exception) -> None:
-    """Print an error as one red line to stderr."""
+    """Print an error as one red line to stderr.
+
+    Of several processes most often all have the same to say. The launcher ends the others when the
+    first does, so those give it the time to.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(_LAUNCHER_SECONDS)
     _print_line(Console(stderr=True), f"Error: {' '.join(str(error).split())}", style="red")
 
 

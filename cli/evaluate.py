@@ -14,6 +14,7 @@ EXAMPLES = examples(
     "moelora eval --adapter runs/quickstart/adapter --tasks sst2 --compare-base",
     "moelora eval --adapter runs/quickstart/adapter --tasks glue,commonsenseqa --limit 200",
     "moelora eval --base HuggingFaceTB/SmolLM2-135M-Instruct --tasks qa",
+    "accelerate launch -m moelora_cli eval --adapter runs/quickstart/adapter --tasks glue",
 )
 
 
@@ -40,8 +41,12 @@ def evaluate(
         typer.Option(help="Rows per task, drawn with the seed. Default: all; set it to try."),
     ] = None,
     batch_size: Annotated[
-        int, typer.Option(help="Rows per forward pass; changes the speed, not the scores.")
-    ] = 8,
+        str,
+        typer.Option(
+            metavar="ROWS",
+            help="Rows per forward pass, or auto; changes the speed, not the scores.",
+        ),
+    ] = "auto",
     compare_base: Annotated[
         bool,
         typer.Option(
@@ -58,12 +63,30 @@ def evaluate(
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1, mps. Default: the best that is there.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seeds the draw of --limit and the intervals.")] = 0,
+    guess: Annotated[
+        bool,
+        typer.Option(
+            "--guess",
+            help="Guess, with the seed, where no answer is found in what was written. Default: "
+            "that counts as wrong.",
+        ),
+    ] = False,
+    seed: Annotated[
+        int, typer.Option(help="Seeds the draw of --limit, the guesses and the intervals.")
+    ] = 0,
     allow_base_mismatch: Annotated[
         bool,
         typer.Option(
             "--allow-base-mismatch",
             help="Go on although --base is not the model that the adapter was trained on.",
+        ),
+    ] = False,
+    no_cache: Annotated[
+        bool,
+        typer.Option(
+            "--no-cache",
+            help="Answer everything anew. Default: answers are kept in ~/.cache/moelora, or in "
+            "MOELORA_CACHE, so that a run that was interrupted goes on where it was.",
         ),
     ] = False,
 ) -> None:
@@ -77,14 +100,20 @@ def evaluate(
         base=base,
         data_dir=data_dir,
         limit=limit,
-        batch_size=batch_size,
+        batch_size=int(batch_size) if batch_size.isdecimal() else batch_size,
         compare_base=compare_base,
         dtype=dtype,
         device=device,
+        guess=guess,
         seed=seed,
         output=output,
         overwrite=overwrite,
         allow_base_mismatch=allow_base_mismatch,
+        cache=not no_cache,
     )
-    report = run(request)
-    display(report.table(), f"Written to {report.path}")
+    try:
+        report = run(request)
+    except KeyboardInterrupt:  # a line has said what is kept
+        raise typer.Exit(130) from None
+    if report.path is not None:  # in the first of several processes
+        display(report.table(), f"Written to {report.path}")

@@ -13,6 +13,8 @@ from moelora_plugin.errors import MoeLoraError
 
 from . import (
     cluster,
+    compare,
+    data,
     demo,
     doctor,
     evaluate,
@@ -23,6 +25,7 @@ from . import (
     path,
     plan,
     presets,
+    report,
     search,
     tasks,
     train,
@@ -59,6 +62,8 @@ for _name, _function, _epilog in (
     ("plan", plan.plan, plan.EXAMPLES),
     ("train", train.train, train.EXAMPLES),
     ("eval", evaluate.evaluate, evaluate.EXAMPLES),
+    ("compare", compare.compare, compare.EXAMPLES),
+    ("report", report.report, report.EXAMPLES),
     ("export", export.export, export.EXAMPLES),
     ("demo", demo.demo, demo.EXAMPLES),
     ("cluster", cluster.cluster, cluster.EXAMPLES),
@@ -71,6 +76,7 @@ for _name, _function, _epilog in (
 ):
     app.command(_name, epilog=_epilog)(_function)
 app.add_typer(search.app, name="search")
+app.add_typer(data.app, name="data", epilog=data.EXAMPLES)
 app.command("launch", epilog=launch.EXAMPLES, context_settings=launch.CONTEXT)(launch.launch)
 
 

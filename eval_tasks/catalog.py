@@ -13,28 +13,40 @@ from collections.abc import Iterable
 from moelora_plugin.errors import ConfigError
 from moelora_plugin.lookup import unknown_name_message
 
-from . import commonsenseqa, glue, openbookqa, scienceqa, siqa
+from . import commonsenseqa, glue, openbookqa, scienceqa, siqa, visual7w, vmcbench
 from .task import SUFFIXES, Task
 
 __all__ = ["GROUPS", "TASKS", "Task", "canonical", "resolve"]
 
 PREFIX = "moelora_"  # of our names in lm-eval, which has tasks of the plain names itself
 
-BENCHMARKS = (scienceqa, commonsenseqa, openbookqa, siqa, glue)
+BENCHMARKS = (scienceqa, commonsenseqa, openbookqa, siqa, glue, vmcbench, visual7w)
 
 TASKS: dict[str, Task] = {task.name: task for one in BENCHMARKS for task in one.TASKS}
 
 _QA = ("scienceqa", "commonsenseqa", "openbookqa", "siqa")
 _GLUE = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli")
-_FAMILIES = {"qa": _QA, "glue": _GLUE, "text": (*_QA, *_GLUE)}
+_TEXT = (*_QA, *_GLUE)
+_VISION = ("scienceqa_image", "vmcbench", "visual7w")
+
+
+def _each(benchmarks: tuple[str, ...], suffix: str) -> tuple[str, ...]:
+    return tuple(benchmark + suffix for benchmark in benchmarks)
+
 
 GROUPS: dict[str, tuple[str, ...]] = {
-    **{
-        family + suffix: tuple(member + suffix for member in members)
-        for suffix in SUFFIXES.values()
-        for family, members in _FAMILIES.items()
-        if all(member + suffix in TASKS for member in members)
-    },
+    "qa": _QA,
+    "qa_gen": _each(_QA, "_gen"),
+    "qa_paper": _each(_QA, "_paper"),
+    "glue": _GLUE,
+    "glue_gen": _each(_GLUE, "_gen"),
+    "glue_paper": _each(_GLUE, "_paper"),
+    "text": _TEXT,
+    "text_gen": _each(_TEXT, "_gen"),
+    "paper": _each(_TEXT, "_paper"),
+    "vision": _VISION,
+    "vision_gen": _each(_VISION, "_gen"),
+    "paper_vision": ("vmcbench_paper", "visual7w_paper"),
 }
 
 
@@ -77,5 +89,5 @@ def resolve(names: Iterable[str]) -> list[Task]:
     """
     known = [canonical(name) for name in names]
     if not known:
-        raise ConfigError(f"No task is given; choose from {', '.join((*TASKS, *GROUPS))}.")
+        raise ConfigError("No task is given; name some of those that `moelora tasks` lists.")
     return [TASKS[name] for name in dict.fromkeys(n for k in known for n in GROUPS.get(k, (k,)))]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moelora_plugin.errors import ConfigError, DataError, MissingDependencyError, first_line
 
+from . import images
 from .catalog import TASKS
 from .parsing import MISS
 from .prompts import gold, render
@@ -31,7 +33,9 @@ def load_split(
 
     Args:
         task: an entry of the catalog.
-        split: its name on the hub; `task.eval_split` is the one the task is scored on.
+        split: "train" is what the task is trained on (its `train_split` and `train_slice`),
+            `task.eval_split` what it is scored on (of its `eval_slice`), any other name a whole
+            split of the hub's.
         data_dir: folder with `<task.folder>/<split>.parquet`; None loads from the hub, at the
             task's pinned revision.
         limit: rows to keep, drawn without replacement and left in their order; None keeps all.
@@ -42,23 +46,27 @@ def load_split(
         task has only the ones or the others, and of them the slice that the task has.
 
     Raises:
-        DataError: a file or column is missing, the split has no labels, or a label is unknown.
-        MissingDependencyError: the hub does not answer.
+        DataError: a file or column is missing, the split has no labels, a label is unknown, the
+            slice is empty, or an image is missing or cannot be decoded.
+        MissingDependencyError: the hub does not answer, or Pillow is not installed.
         ConfigError: `limit` is below 1.
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"limit is {limit}, expected at least 1; leave --limit out for all rows.")
+    rows = {"train": task.train_slice, task.eval_split: task.eval_slice}.get(split, ":")
     dataset = (_pooled if task.parts else _checked)(task, split, data_dir)
-    rows = parse_slice(task.eval_slice if split == task.eval_split else task.train_slice)
-    if rows != slice(None):
-        dataset = dataset.select(range(len(dataset))[rows])
-    if not len(dataset):
+    chosen: Sequence[int] = range(len(dataset))[parse_slice(rows)]
+    if not chosen:
         raise DataError(
-            f"No row of split {split!r} is left for {task.name}, which takes rows "
-            f"{task.eval_slice}; change --data-dir or --tasks."
+            f"Split {split!r} of {task.name} has {len(dataset)} rows, of which it takes [{rows}]; "
+            "that leaves none, so change --data-dir or --tasks."
         )
-    if limit is not None and limit < len(dataset):
-        dataset = dataset.select(sorted(random.Random(seed).sample(range(len(dataset)), limit)))
+    if limit is not None and limit < len(chosen):
+        chosen = sorted(random.Random(seed).sample(chosen, limit))
+    if len(chosen) < len(dataset):
+        dataset = dataset.select(chosen)
+    if task.image and task.shows_images:
+        images.check(dataset[task.image], chosen, f"{task.name}, split {split!r}")
     return dataset
 
 
@@ -78,7 +86,7 @@ def load_for_lm_eval(
 
     Returns:
         One split, "evaluation", with the columns task, context, choices, gold, options, category,
-        image (None, or the bytes of the file), label and guess: the prediction where a written
+        image (None, or as in `images`), label and guess: the prediction where a written
         answer is not found, MISS or with `guess` one of the row's answers, drawn with `seed`.
     """
     from datasets import Dataset, DatasetDict
@@ -113,13 +121,24 @@ def parse_slice(text: str) -> slice:
 
 def _checked(task: Task, split: str, data_dir: str | Path | None) -> Dataset:
     """The rows of a task's own dataset, with the columns it needs and labels it knows."""
+    if split == "train":
+        if task.train_split is None:
+            raise DataError(
+                f"{task.name} has no rows to train on, as all that have labels are scored; leave "
+                "it out of data.tasks."
+            )
+        split = task.train_split
     if data_dir is None:
-        dataset, source = _from_hub(task, split), f"{task.hub_id} on the hub"
+        dataset, source, folder = _from_hub(task, split), f"{task.hub_id} on the hub", Path()
     else:
         path = local_file(task, split, data_dir)
-        dataset, source = _from_file(task, path), str(path)
+        dataset, source, folder = _from_file(task, path), str(path), path.parent
     dataset = dataset.rename_columns(
-        {old: new for old, new in task.renamed if new not in dataset.column_names}
+        {
+            old: new
+            for old, new in task.renamed
+            if old in dataset.column_names and new not in dataset.column_names
+        }
     )
     needed = tuple(dict.fromkeys((*task.columns, *((task.image,) if task.image else ()))))
     if missing := [column for column in needed if column not in dataset.column_names]:
@@ -128,6 +147,7 @@ def _checked(task: Task, split: str, data_dir: str | Path | None) -> Dataset:
             f"{', '.join(dataset.column_names)}; {task.name} expects {', '.join(needed)}."
         )
     if task.image:
+        dataset = images.locate(dataset, task.image, folder)
         dataset = _by_image(dataset, task.image, with_image=task.shows_images)
     dataset = dataset.select_columns(list(task.columns))
     _check_labels(task, dataset, split, source)
@@ -135,15 +155,22 @@ def _checked(task: Task, split: str, data_dir: str | Path | None) -> Dataset:
 
 
 def _pooled(task: Task, split: str, data_dir: str | Path | None) -> Dataset:
-    """The rows of a task's parts, one after the other; a column that a part lacks is empty."""
+    """The rows of a task's parts, one after the other; a column that a part lacks is empty.
+
+    Parts that share a split (both halves of MNLI's validation go with one train) give it once.
+    """
     from datasets import concatenate_datasets
 
-    parts = []
-    for name in task.parts:
-        part = TASKS[name]
-        own = part.eval_split if split == task.eval_split else part.train_split
-        parts.append(_checked(part, own, data_dir))
-    return concatenate_datasets(parts).select_columns(list(task.columns))
+    parts = {}
+    for part in (TASKS[name] for name in task.parts):
+        own = part.eval_split if split == task.eval_split else split
+        if (part.folder, own) not in parts:
+            try:
+                parts[part.folder, own] = _checked(part, own, data_dir)
+            except DataError as error:
+                said = str(error).removesuffix(".")
+                raise DataError(f"{said} (as a part of {task.name}).") from error
+    return concatenate_datasets(list(parts.values())).select_columns(list(task.columns))
 
 
 def local_file(task: Task, split: str, data_dir: str | Path) -> Path:
@@ -186,6 +213,11 @@ def _from_hub(task: Task, split: str) -> Dataset:
     """Fetch a split at the task's pinned revision."""
     import datasets
 
+    if task.hub_id is None:
+        raise DataError(
+            f"{task.name} is not on the hub; make its files with `moelora data prepare "
+            f"{task.folder} --from DIR --out DATA` and pass --data-dir DATA."
+        )
     try:
         return datasets.load_dataset(task.hub_id, task.config, split=split, revision=task.revision)
     except OSError as error:  # no network, offline mode, no such dataset
@@ -206,21 +238,20 @@ def _by_image(dataset: Dataset, column: str, *, with_image: bool) -> Dataset:
     Works on Arrow's validity bits: no image is decoded.
     """
     import numpy as np
-    import pyarrow as pa
-    import pyarrow.compute as pc
 
-    images = dataset.data.column(column)
-    if pa.types.is_struct(images.type):
-        images = pc.struct_field(images, "bytes")
-    chosen = images.is_valid() if with_image else images.is_null()
-    return dataset.select(np.flatnonzero(chosen))
+    found = dataset.data.column(column)
+    return dataset.select(np.flatnonzero(found.is_valid() if with_image else found.is_null()))
 
 
 def _check_labels(task: Task, dataset: Dataset, split: str, source: str) -> None:
     """Refuse a split that is empty, has no labels, or has labels the task does not know."""
     labels = dataset[task.label]
     if not len(dataset):
-        raise DataError(f"Split {split!r} of {task.name} in {source} has no rows.")
+        kind = "with an image" if task.shows_images else "for this task"
+        raise DataError(
+            f"Split {split!r} of {task.name} in {source} has no rows {kind}; change --data-dir or "
+            "--tasks."
+        )
     if unlabelled := sum(label in UNLABELLED for label in labels):
         raise DataError(
             f"Split {split!r} of {task.name} in {source} has no label in {unlabelled} of its "

@@ -82,12 +82,14 @@ def render(task: Task, doc: Mapping[str, Any]) -> Prompt:
         | {
             "image": f"{IMAGE_PLACEHOLDER}\n" if has_image else "",
             "instruction": task.instruction,
-            "body": "\n".join(inputs + listed),
+            "inputs": "\n".join(inputs),
             "options": "\n".join(listed),
+            "options_line": " ".join(listed),
+            "body": "\n".join(inputs + listed),
             "stem": task.stem,
         }
     )
-    form = task.answer if task.generates else " {}"
+    form = task.preface + task.answer if task.generates else " {}"
     choices = tuple(form.format(answer) for answer in task.answers or letters)
     return Prompt(context, choices, gold(task, doc), texts)
 

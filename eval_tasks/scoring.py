@@ -24,7 +24,7 @@ SCORE = "score"
 def predict(task: Task, loglikelihoods: Sequence[float]) -> float:
     """The prediction of one row.
 
-    The index of the likeliest answer; for a rating, the mean of the labels under the answers'
+    The index of the likeliest answer; for a real rating, the mean of the labels under the answers'
     probabilities, sum_i labels_i softmax(loglikelihoods)_i, a real number as the label is.
 
     Args:
@@ -32,7 +32,7 @@ def predict(task: Task, loglikelihoods: Sequence[float]) -> float:
         loglikelihoods: of each answer of the row, in order.
     """
     values = np.asarray(loglikelihoods, dtype=np.float64)
-    if not task.rating:
+    if task.rating != "mean":
         return float(values.argmax())
     weights = np.exp(values - values.max())
     return float(weights @ np.asarray(task.labels, dtype=np.float64) / weights.sum())

@@ -12,6 +12,15 @@ INSTRUCTION_TEMPLATE = (
     "{image}### Instruction:\n{instruction}\n\n### Input:\n{body}\n\n### Response:\n{stem}"
 )
 
+# For questions with options whose answer is written: the layout in which the paper's code shows
+# ScienceQA, in our own words.
+QUESTION_TEMPLATE = (
+    "{image}{instruction}\n\n### Instruction:\n{inputs}\nOptions: {options_line}\n\n### Response:\n"
+)
+
+# For questions about an image whose answer is written: the paper's code's, which is LLaVA-1.5's.
+VISUAL_TEMPLATE = "USER: {image}{question}\n{options}\n\nASSISTANT:"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
@@ -26,24 +35,26 @@ class Task:
             written and must be found in the text) or "paper" (that on the paper's own rows and
             with its own metric).
         summary: one line for `moelora tasks`.
-        hub_id: dataset on the hub.
+        hub_id: dataset on the hub; None where `moelora data prepare` makes the files.
         config: its configuration there.
         revision: its pinned commit there, or "main" where none is pinned yet.
         folder: folder in a `--data-dir`, which holds one `<split>.parquet` per split.
         parts: tasks whose rows are pooled, in that order, in place of rows of an own dataset.
         renamed: (column on the hub, column here) where another copy of a dataset names it
             differently.
-        train_split: labelled split that is trained on.
+        train_split: labelled split that is trained on; None where all labelled rows are scored.
         eval_split: labelled split that the task is scored on.
         eval_rows: official number of rows that are scored.
         train_slice: which rows of `train_split` are trained on, as in Python: ":900".
         eval_slice: which rows of `eval_split` are scored: "::40".
-        template: the prompt; `{body}` is inputs and options, `{options}` the options alone,
-            `{image}` the place of an image, any other name a field of this class or a column.
+        template: the prompt; `{inputs}` are the titled texts, `{options}` the options on a line
+            each and `{options_line}` on one, `{body}` inputs and options, `{image}` the place of an
+            image, `{instruction}` and `{stem}` fields of this class, any other name a column.
         instruction: what the model is asked to do.
         inputs: (title, column) of each text shown, in order.
         option: how an option is shown.
         stem: the beginning of the answer, which the prompt of a log-likelihood task ends with.
+        preface: what a generation task has written before the answer, and need not be found.
         answer: the answer as a generation task has it written, `{}` being letter or word.
         parser: how an answer is found in what was written, a key of `parsing.PARSERS`.
         max_new_tokens: how much is written.
@@ -66,13 +77,13 @@ class Task:
     benchmark: str
     protocol: Protocol = "loglikelihood"
     summary: str
-    hub_id: str
+    hub_id: str | None
     config: str | None = None
     revision: str
     folder: str
     parts: tuple[str, ...] = ()
     renamed: tuple[tuple[str, str], ...] = ()
-    train_split: str = "train"
+    train_split: str | None = "train"
     eval_split: str = "validation"
     eval_rows: int
     train_slice: str = ":"
@@ -82,6 +93,7 @@ class Task:
     inputs: tuple[tuple[str, str], ...]
     option: str = "({letter}) {text}"
     stem: str = "The correct answer is"
+    preface: str = ""
     answer: str = "The correct answer is {}."
     parser: str = "template"
     max_new_tokens: int = 10
@@ -127,8 +139,12 @@ class Task:
 
 
 def generated(task: Task, **changes: Any) -> Task:
-    """`task` under the protocol "generation": accuracy, and the share of answers found."""
-    return replace(task, **({"protocol": "generation", "metrics": ("acc", "parsed")} | changes))
+    """`task` under the protocol "generation": accuracy, and the share of answers found.
+
+    Unless `changes` say otherwise, the answer is the stem made a sentence.
+    """
+    kept = {"protocol": "generation", "answer": f"{task.stem} {{}}.", "metrics": ("acc", "parsed")}
+    return replace(task, **(kept | changes))
 
 
 def as_in_paper(task: Task, **changes: Any) -> Task:

@@ -1,4 +1,4 @@
-"""Post-import hooks: PEFT, transformers and the hosts learn of us as soon as they are imported.
+"""Post-import hooks: PEFT, transformers, lm-eval and hosts learn of us as they are imported.
 
 `import torch` loads this module through the entry-point group `torch.backends` (off-label: the
 group is meant for device back ends), and `import moelora_plugin` does the same. Nothing here
@@ -32,6 +32,7 @@ HOOKS: dict[str, str] = {
     "transformers.training_args": "registration:register_optimizer_names",
     "transformers.trainer_optimizer": "registration:register_optimizers",
     "transformers.trainer": "registration:register_callbacks",
+    "lm_eval.models": "registration:register_lm_eval_models",
     "llamafactory.hparams.parser": "integrations.llamafactory.classic:extend_arguments",
     "llamafactory.model.adapter": "integrations.llamafactory.classic:extend_adapter",
     "llamafactory.data.template": "integrations.llamafactory.text_template:register",

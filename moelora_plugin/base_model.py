@@ -1,16 +1,23 @@
-"""Loading the base model that an adapter sits on."""
+"""Loading the base model that an adapter sits on, and what prepares its inputs."""
 
 from __future__ import annotations
 
 import os
-from typing import cast
+from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
-from .errors import ConfigError, MissingDependencyError
+from .errors import ConfigError, MissingDependencyError, first_line
 
 # What huggingface_hub and transformers raise when a name is neither a folder nor to be had from the
 # hub.
@@ -49,22 +56,62 @@ def load_base_model(
     dtype: str = "auto",
     device: str | None = None,
 ) -> PreTrainedModel:
-    """A causal language model from a folder or the hub, on `device`.
+    """A language model from a folder or the hub, on `device`: text alone, or text with images.
 
     Raises:
         MissingDependencyError: no such folder, and the hub cannot be reached or does not know it.
-        ConfigError: the folder holds no causal language model, or dtype is unknown.
+        ConfigError: the folder holds no such model, dtype is unknown, or there is no such device.
     """
     device = device or default_device()
+    _check_device(device)
+    config = load_config(name, revision)
+    auto = AutoModelForImageTextToText if shows_images(config) else AutoModelForCausalLM
+    weights = resolve_dtype(dtype, device)
     try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, dtype=resolve_dtype(dtype, device)
+        model: nn.Module = auto.from_pretrained(
+            name, config=config, revision=revision, dtype=weights
         )
-    except HUB_ERRORS as error:
-        if os.path.isdir(name):
-            raise ConfigError(f"Cannot load a model from {name}: {error}") from error
-        raise MissingDependencyError(
-            f"Base model {name!r} is not a folder and cannot be had from the hub; pass the path of "
-            "a local copy (model.name in a recipe, --base on the command line)."
-        ) from error
+    except (*HUB_ERRORS, ValueError) as error:
+        raise _not_loaded(name, error) from error
     return cast(PreTrainedModel, model.to(device))
+
+
+def load_config(name: str, revision: str | None = None) -> PretrainedConfig:
+    """The configuration of a model, which tells what it is before its weights are read.
+
+    Raises:
+        MissingDependencyError: no such folder, and the hub cannot be reached or does not know it.
+        ConfigError: the folder holds no model that transformers knows.
+    """
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(name, revision=revision)
+    except (*HUB_ERRORS, ValueError) as error:
+        raise _not_loaded(name, error) from error
+    return config
+
+
+def shows_images(model_or_config: Any) -> bool:
+    """Whether a model, adapted or not, can be shown images beside text (LLaVA, Qwen-VL, ...)."""
+    config = getattr(model_or_config, "config", model_or_config)
+    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:  # not compiled in, not there, not a device
+        raise ConfigError(
+            f"The device {device!r} cannot be used here ({first_line(error)}); change --device."
+        ) from error
+
+
+def _not_loaded(name: str, error: Exception) -> ConfigError | MissingDependencyError:
+    if os.path.isdir(name):
+        return ConfigError(
+            f"Cannot load a model from {name} ({first_line(error)}); pass another one (model.name "
+            "in a recipe, --base on the command line)."
+        )
+    return MissingDependencyError(
+        f"Base model {name!r} is not a folder and cannot be had from the hub; pass the path of "
+        "a local copy (model.name in a recipe, --base on the command line)."
+    )

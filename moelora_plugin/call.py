@@ -64,10 +64,15 @@ class Call:
         """`real_BS` by token."""
         return None if self.real_BS is None else self.real_BS.flatten()
 
+    @functools.cached_property
+    def unmasked(self) -> Call:
+        """The same for a layer that sees an image's tokens, none of which is padding or prompt."""
+        return replace(self, real_BS=None, prompt_BS=None)
+
     def real_among(self, tokens: int) -> Tensor | None:
         """`real_T` for a layer that sees so many tokens.
 
-        Layers that see other tokens (a vision tower, a pooled sequence) have no mask: None.
+        Layers that see other tokens (a pooled sequence) have no mask: None.
         """
         real_T = self.real_T
         return real_T if real_T is not None and real_T.shape[0] == tokens else None

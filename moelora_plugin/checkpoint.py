@@ -4,7 +4,7 @@ adapter_config.json        PEFT's
 adapter_model.safetensors  PEFT's
 moelora.json               manifest: sha256 of the weights, what tells the base from others,
                            how the adapter was trained
-tokenizer files            where one was given
+tokenizer files            or a vision model's processor, where one was given
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from huggingface_hub import snapshot_download
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from . import __version__
 from .base_model import HUB_ERRORS, load_base_model
@@ -36,6 +36,7 @@ from .errors import (
 )
 from .files import atomic_directory, sha256_of, write_json
 from .model import moelora_layers
+from .processors import holds_processor, load_processor
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -52,7 +53,7 @@ def save_adapter(
     model: PeftModel,
     out: Path | str,
     *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: Any = None,
     manifest: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Path:
@@ -61,7 +62,8 @@ def save_adapter(
     Args:
         model: what `peft.get_peft_model` returned, with one active adapter.
         out: the folder to make.
-        tokenizer: saved beside the adapter, so that it loads with the prompts it was trained on.
+        tokenizer: or processor; saved beside the adapter, so that it loads with the prompts it was
+            trained on.
         manifest: how the adapter came about (recipe, data, scores, ...); JSON values.
         overwrite: replace a folder that already holds something.
 
@@ -99,7 +101,7 @@ def load_adapter(
     device: str | None = None,
     allow_base_mismatch: bool = False,
     fold: bool = False,
-) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+) -> tuple[PeftModel, Any]:
     """Load an adapter on its base, ready for inference, or say what is wrong with it.
 
     Stricter than `PeftModel.from_pretrained`, which only warns where tensors are missing: the
@@ -119,20 +121,21 @@ def load_adapter(
             model's `unmerge_adapter` takes it out again, up to rounding in the base's dtype.
 
     Returns:
-        The model in eval mode and its tokenizer.
+        The model in eval mode and its tokenizer or, of a vision model, its processor: the adapter's
+        own where it has one, else the base's.
 
     Raises:
         AdapterError: damaged files, missing tensors, or another base.
+        ConfigError: neither the adapter nor the base has a tokenizer or processor.
         MissingDependencyError: adapter or base is not a folder and the hub cannot be reached.
     """
     given = base.name_or_path if isinstance(base, PreTrainedModel) else base
     folder, name = check_adapter(path, given, allow_base_mismatch=allow_base_mismatch)
+    adapter = read_adapter_config(folder)
+    revision = adapter.get("revision") if name == adapter.get("base_model_name_or_path") else None
     if isinstance(base, PreTrainedModel):
         base_model = base
     else:
-        config = read_adapter_config(folder)
-        recorded = config.get("base_model_name_or_path")
-        revision = config.get("revision") if name == recorded else None
         base_model = load_base_model(name, revision=revision, dtype=dtype, device=device)
     try:
         with warnings.catch_warnings():
@@ -153,8 +156,9 @@ def load_adapter(
     if fold:
         with contextlib.suppress(ExportError):  # which comes before anything is touched
             model.merge_adapter()
-    tokenizer_home = str(folder) if (folder / "tokenizer_config.json").exists() else name
-    return model.eval(), AutoTokenizer.from_pretrained(tokenizer_home)
+    if holds_processor(folder, base_model.config):
+        return model.eval(), load_processor(str(folder), base_model.config)
+    return model.eval(), load_processor(name, base_model.config, revision=revision)
 
 
 def check_adapter(

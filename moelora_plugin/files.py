@@ -16,7 +16,7 @@ from .errors import ConfigError
 
 
 def refuse_existing(out: Path | str, *, overwrite: bool, key: str = "--out") -> None:
-    """Refuse an output that already holds something, before any time is spent on it.
+    """Refuse an output that holds something or cannot be made, before any time is spent on it.
 
     Args:
         out: a folder or file to be made.
@@ -24,13 +24,19 @@ def refuse_existing(out: Path | str, *, overwrite: bool, key: str = "--out") -> 
         key: the option that names `out`, for the message.
 
     Raises:
-        ConfigError: it holds something and may not go.
+        ConfigError: it holds something and may not go, or nothing can be written at its place.
     """
     path = Path(out)
     occupied = path.is_file() or (path.is_dir() and any(path.iterdir()))
     if occupied and not overwrite:
         raise ConfigError(
             f"{path} already holds something; choose another {key} or pass --overwrite."
+        )
+    place = next(folder for folder in path.absolute().parents if os.path.exists(folder))
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise ConfigError(
+            f"{path} cannot be written, since {place} is not a folder that can be written to; "
+            f"choose another {key}."
         )
 
 
@@ -73,6 +79,13 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write JSON whole, in a stable and readable form."""
     write_text(path, json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def cache_folder() -> Path:
+    """Where we keep what can be made again: MOELORA_CACHE, or moelora in the user's cache."""
+    chosen = os.environ.get("MOELORA_CACHE")
+    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(chosen or Path(root) / "moelora").expanduser()
 
 
 def sha256_of(path: Path) -> str:

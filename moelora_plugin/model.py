@@ -73,6 +73,9 @@ class MoeLoraModel(BaseTuner):
             adapter_name in layer.moelora_router for layer in routed_layers(model).values()
         )
         self.shared.call.watch(model)
+        text = _text_modules(model)
+        for layer in routed_layers(model).values():
+            layer.sees_images = text is not None and layer not in text
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         """Say what is wrong with the base before PEFT says less, or nothing."""
@@ -251,6 +254,14 @@ def places(names: Iterable[str]) -> dict[str, Place]:
 def find_tuner(model: Any) -> MoeLoraModel | None:
     """The tuner inside a PeftModel (however it is wrapped), or None."""
     return next((m for m in model.modules() if isinstance(m, MoeLoraModel)), None)
+
+
+def _text_modules(model: Any) -> set[nn.Module] | None:
+    """The modules of a vision model that see the text's tokens; None of a model without images."""
+    if getattr(getattr(model, "config", None), "vision_config", None) is None:
+        return None
+    parts: list[Any] = [model.get_decoder(), model.get_output_embeddings()]
+    return {module for part in parts if part is not None for module in part.modules()}
 
 
 def _owner(hook: Any) -> Any:

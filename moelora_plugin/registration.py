@@ -1,4 +1,7 @@
-"""The only file that touches PEFT's and transformers' globals. Safe to call any number of times."""
+"""The only file that touches globals of PEFT, transformers and lm-eval.
+
+Everything here is safe to call any number of times.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,11 @@ from typing import Any, get_args
 
 from .errors import MissingDependencyError
 from .types import OptimizerName
+
+_LM_EVAL_MODELS = {
+    "moelora": "moelora_plugin.evaluation.lm.text:MoeLoraLM",
+    "moelora-multimodal": "moelora_plugin.evaluation.lm.vision:VisionLM",
+}
 
 
 def register() -> None:
@@ -77,6 +85,24 @@ def register_callbacks() -> None:
 
     callbacks: list[Any] = trainer.DEFAULT_CALLBACKS
     callbacks += [c for c in (AuxLossCallback, OptimizerCallback) if c not in callbacks]
+
+
+def register_lm_eval_models() -> None:
+    """Make lm-eval's `--model` know ours, which are imported when they are asked for.
+
+    Raises:
+        MissingDependencyError: this lm-eval has no registry of models.
+    """
+    try:
+        from lm_eval.api.registry import model_registry
+    except ImportError as error:
+        raise MissingDependencyError(
+            "This lm-eval has no registry of models, so --model cannot name ours; install "
+            "lm-eval 0.4.13."
+        ) from error
+    for name, target in _LM_EVAL_MODELS.items():
+        if name not in model_registry:
+            model_registry.register(name, target=target)
 
 
 def _add_member(enum: type[Enum], name: str, value: str, remedy: str) -> None:

@@ -1,4 +1,4 @@
-"""A few invented rows per task, and the parquet files a `--data-dir` would hold of them."""
+"""A few invented rows per benchmark, and the parquet files a `--data-dir` would hold of them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import vision_rows
 
 from moelora_eval_tasks.catalog import TASKS
 
@@ -36,6 +37,7 @@ _NLI = _pairs(
 )
 
 ROWS: dict[str, list[Row]] = {
+    **vision_rows.ROWS,
     "scienceqa": [
         {
             "question": "Which of these is a solid?",
@@ -175,12 +177,14 @@ ROWS: dict[str, list[Row]] = {
 }
 
 
-def write_data(data_dir: Path, names: Iterable[str] = ROWS) -> Path:
+def write_data(data_dir: Path, names: Iterable[str] = TASKS) -> Path:
     """Write the evaluation split and an equal training split of the named tasks."""
-    for name in names:
-        task = TASKS[name]
-        for split in ("train", task.eval_split):
-            write_split(data_dir, name, split, ROWS[name])
+    for task in map(TASKS.__getitem__, names):
+        if task.parts:
+            write_data(data_dir, task.parts)
+        else:
+            for split in filter(None, (task.train_split, task.eval_split)):
+                write_split(data_dir, task.name, split, ROWS[task.benchmark])
     return data_dir
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..task import Task
+from ..task import Task, as_in_paper, generated
 
 COMMONSENSEQA = Task(
     benchmark="commonsenseqa",
@@ -16,5 +16,12 @@ COMMONSENSEQA = Task(
     options=("choices",),
     spellings=("csqa",),
 )
+COMMONSENSEQA_GEN = generated(
+    COMMONSENSEQA,
+    template="{instruction}\n\n### Question and Possible Answers:\n{question}\n{options}\n\n"
+    "### Correct Answer:\n",
+    option="({letter}). {text}",
+)
+COMMONSENSEQA_PAPER = as_in_paper(COMMONSENSEQA_GEN)
 
-TASKS = (COMMONSENSEQA,)
+TASKS = (COMMONSENSEQA, COMMONSENSEQA_GEN, COMMONSENSEQA_PAPER)

@@ -8,6 +8,7 @@ GLUE = "nyu-mll/glue"
 GLUE_REVISION = "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c"
 SENTENCES = (("Sentence 1", "sentence1"), ("Sentence 2", "sentence2"))
 PREMISE = (("Premise", "premise"), ("Hypothesis", "hypothesis"))
+PAIR_TEMPLATE = "{instruction}\n\n{inputs}\n\n### Answer:\n"
 RELATION = "Decide how the hypothesis relates to the premise: entailment, neutral or contradiction."
 
 COLA = Task(
@@ -25,6 +26,8 @@ COLA = Task(
     answers=("wrong", "correct"),
     metrics=("mcc",),
 )
+COLA_GEN = generated(COLA, template="{instruction}\n\n### Sentence:\n{sentence}\n\n### Answer:\n")
+COLA_PAPER = as_in_paper(COLA_GEN, metrics=("mcc_x_parsed", "parsed"))
 
 SST2 = Task(
     benchmark="sst2",
@@ -42,8 +45,7 @@ SST2 = Task(
 )
 SST2_GEN = generated(
     SST2,
-    template="Decide whether the author of this film comment is positive or negative.\n\n"
-    "### Comment:\n{sentence}\n\n### Answer:\n",
+    template="{instruction}\n\n### Comment:\n{sentence}\n\n### Answer:\n",
     answer="The author has a {} attitude.",
 )
 SST2_PAPER = as_in_paper(SST2_GEN)
@@ -63,6 +65,18 @@ MRPC = Task(
     answers=("not equivalent", "equivalent"),
     metrics=("acc", "f1"),
 )
+MRPC_GEN = generated(
+    MRPC, template="{instruction}\n\n### Sentences:\n{sentence1}\n{sentence2}\n\n### Answer:\n"
+)
+MRPC_PAPER = as_in_paper(
+    MRPC_GEN,
+    hub_id="SetFit/mrpc",
+    config=None,
+    revision="main",  # not pinned yet: no full hash is known to us
+    renamed=(("text1", "sentence1"), ("text2", "sentence2")),
+    eval_split="test",
+    eval_rows=1725,
+)
 
 QQP = Task(
     benchmark="qqp",
@@ -79,6 +93,11 @@ QQP = Task(
     answers=("not equivalent", "equivalent"),
     metrics=("acc", "f1"),
 )
+QQP_GEN = generated(
+    QQP,
+    template="{instruction}\n\n### Questions:\n1. {question1}\n2. {question2}\n\n### Answer:\n",
+)
+QQP_PAPER = as_in_paper(QQP_GEN, eval_slice="::40", eval_rows=1011)
 
 MNLI = Task(
     benchmark="mnli",
@@ -96,11 +115,19 @@ MNLI = Task(
     answers=("entailment", "neutral", "contradiction"),
     spellings=("mnli_matched",),
 )
+MNLI_GEN = generated(MNLI, template=PAIR_TEMPLATE)
+MNLI_PAPER = as_in_paper(
+    MNLI_GEN,
+    summary="MNLI, every fifteenth row of both halves",
+    parts=("mnli", "mnli_mismatched"),
+    eval_slice="::15",
+    eval_rows=1310,
+)
 
 # In no group: the nine GLUE tasks count MNLI once, and local copies often lack this split.
 MNLI_MISMATCHED = Task(
     benchmark="mnli_mismatched",
-    summary="MNLI on genres it was not trained on; evaluation only, in no group",
+    summary="MNLI on genres that its training split lacks; in no group",
     hub_id=GLUE,
     config="mnli",
     revision=GLUE_REVISION,
@@ -114,6 +141,7 @@ MNLI_MISMATCHED = Task(
     answers=("entailment", "neutral", "contradiction"),
     spellings=("mnli_mm", "mnli_mismatch"),
 )
+MNLI_MISMATCHED_GEN = generated(MNLI_MISMATCHED, template=PAIR_TEMPLATE)
 
 QNLI = Task(
     benchmark="qnli",
@@ -128,6 +156,14 @@ QNLI = Task(
     labels=(0, 1),
     answers=("yes", "no"),
 )
+QNLI_GEN = generated(
+    QNLI,
+    template="{instruction}\n\n### Question and Sentence:\n{inputs}\n\n### Response:\n",
+    instruction="Decide whether the sentence contains the answer to the question.",
+    answer="The sentence {} the answer",
+    answers=("contains", "does not contain"),
+)
+QNLI_PAPER = as_in_paper(QNLI_GEN)
 
 STSB = Task(
     benchmark="stsb",
@@ -145,6 +181,16 @@ STSB = Task(
     rating="mean",
     metrics=("pearson", "spearman"),
 )
+STSB_GEN = generated(
+    STSB,
+    template="{instruction}\n\n### Sentences:\n1. {sentence1}\n2. {sentence2}\n\n### Answer:\n",
+    instruction="Rate how similar the two sentences are, from 1 (unrelated) to 5 (the same).",
+    answer="Their similarity can be rated as {}",
+    labels=(1, 2, 3, 4, 5),
+    answers=("1", "2", "3", "4", "5"),
+    rating="bin",
+)
+STSB_PAPER = as_in_paper(STSB_GEN)
 
 RTE = Task(
     benchmark="rte",
@@ -159,6 +205,15 @@ RTE = Task(
     labels=(0, 1),
     answers=("yes", "no"),
 )
+# The paper's code has no RTE: shown as MNLI, with two answers.
+RTE_GEN = generated(
+    RTE,
+    template=PAIR_TEMPLATE,
+    instruction="Decide how the hypothesis relates to the text: entailment or not entailment.",
+    answer="The relation is {}.",
+    answers=("entailment", "not entailment"),
+)
+RTE_PAPER = as_in_paper(RTE_GEN)
 
 WNLI = Task(
     benchmark="wnli",
@@ -174,5 +229,20 @@ WNLI = Task(
     labels=(0, 1),
     answers=("wrong", "correct"),
 )
+WNLI_GEN = generated(
+    WNLI, template="{instruction}\n\n### Sentence and Resolution:\n{inputs}\n\n### Answer:\n"
+)
+WNLI_PAPER = as_in_paper(WNLI_GEN)
 
-TASKS = (COLA, SST2, SST2_GEN, SST2_PAPER, MRPC, QQP, MNLI, MNLI_MISMATCHED, QNLI, STSB, RTE, WNLI)
+TASKS = (
+    *(COLA, COLA_GEN, COLA_PAPER),
+    *(SST2, SST2_GEN, SST2_PAPER),
+    *(MRPC, MRPC_GEN, MRPC_PAPER),
+    *(STSB, STSB_GEN, STSB_PAPER),
+    *(QQP, QQP_GEN, QQP_PAPER),
+    *(MNLI, MNLI_GEN, MNLI_PAPER),
+    *(MNLI_MISMATCHED, MNLI_MISMATCHED_GEN),
+    *(QNLI, QNLI_GEN, QNLI_PAPER),
+    *(RTE, RTE_GEN, RTE_PAPER),
+    *(WNLI, WNLI_GEN, WNLI_PAPER),
+)

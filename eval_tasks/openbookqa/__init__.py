@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..task import Task
+from ..task import QUESTION_TEMPLATE, Task, as_in_paper, generated
 
 OPENBOOKQA = Task(
     benchmark="openbookqa",
@@ -18,5 +18,7 @@ OPENBOOKQA = Task(
     options=("choices",),
     spellings=("obqa",),
 )
+OPENBOOKQA_GEN = generated(OPENBOOKQA, template=QUESTION_TEMPLATE, answer="The answer is {}.")
+OPENBOOKQA_PAPER = as_in_paper(OPENBOOKQA_GEN)
 
-TASKS = (OPENBOOKQA,)
+TASKS = (OPENBOOKQA, OPENBOOKQA_GEN, OPENBOOKQA_PAPER)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..task import Task
+from ..task import QUESTION_TEMPLATE, Task, as_in_paper, generated
 
 SIQA = Task(
     benchmark="siqa",
@@ -17,5 +17,8 @@ SIQA = Task(
     options=("answerA", "answerB", "answerC"),
     spellings=("social_iqa",),
 )
+# The paper's code has no Social IQa: shown as ScienceQA, the other questions with a context.
+SIQA_GEN = generated(SIQA, template=QUESTION_TEMPLATE, answer="The answer is {}.")
+SIQA_PAPER = as_in_paper(SIQA_GEN)
 
-TASKS = (SIQA,)
+TASKS = (SIQA, SIQA_GEN, SIQA_PAPER)

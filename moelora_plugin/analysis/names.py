@@ -11,3 +11,9 @@ def natural_order(name: str) -> list[tuple[int, str]]:
 def short_name(name: str) -> str:
     """The name in the base model, without what PEFT puts before it."""
     return name.removeprefix("base_model.model.")
+
+
+def layer_label(name: str) -> str:
+    """The layer's index in a dotted name, or all of the name but the module where it has none."""
+    parts = name.split(".")
+    return next((part for part in parts if part.isdigit()), ".".join(parts[:-1]))

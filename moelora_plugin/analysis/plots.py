@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MissingDependencyError
-from .names import natural_order
+from .names import layer_label, natural_order
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,7 +50,7 @@ def plot_expert_load(routing: Mapping[str, Mapping[str, Any]], out: Path, title:
     kinds: dict[str, list[tuple[str, list[float]]]] = {}
     for name in sorted(routing, key=natural_order):
         load = routing[name]["load"]
-        row = (_layer_label(name), [share * len(load) for share in load])
+        row = (layer_label(name), [share * len(load) for share in load])
         kinds.setdefault(name.rpartition(".")[2], []).append(row)
     deepest = max(map(len, kinds.values()))
     figure = _figure(1.2 + 2.2 * len(kinds), 1.4 + 0.11 * max(deepest, 10))
@@ -72,12 +72,6 @@ def plot_expert_load(routing: Mapping[str, Mapping[str, Any]], out: Path, title:
     colorbar = figure.colorbar(image, ax=list(grid), extend="max")
     colorbar.set_label("load over fair share", fontsize=8)
     return _save(figure, out)
-
-
-def _layer_label(name: str) -> str:
-    """The layer's index in a dotted name, or all of the name but the module where it has none."""
-    parts = name.split(".")
-    return next((part for part in parts if part.isdigit()), ".".join(parts[:-1]))
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -1,19 +1,19 @@
 """Which experts a model uses, counted over real tokens only.
 
-Shape suffixes: T tokens, E experts.
+Shape suffixes: L layers, T tokens, E experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..call import read_call
+from ..call import Call, read_call
 from ..model import routed_layers
 from ..types import Routing
 
@@ -36,22 +36,15 @@ class LayerCounts:
     entropy: float = 0.0
     not_finite: int = 0
 
-    def add(self, routing: Routing, real_T: Tensor | None) -> None:
-        """Count one forward pass; `real_T` is True where the token is not padding."""
-        # On the CPU, because not every accelerator has float64.
-        probs_TE, weights_TE = routing.probs.cpu(), routing.weights.cpu()
-        if real_T is not None:
-            real_T = real_T.cpu()
-            probs_TE, weights_TE = probs_TE[real_T], weights_TE[real_T]
-        finite_T = weights_TE.isfinite().all(-1)
-        self.not_finite += int((~finite_T).sum())
-        probs_TE, weights_TE = probs_TE[finite_T].double(), weights_TE[finite_T].double()
-        if not self.tokens:
-            self.selected_E = self.weight_E = torch.zeros(weights_TE.shape[-1], dtype=torch.double)
-        self.tokens += len(weights_TE)
-        self.selected_E = self.selected_E + (weights_TE > 0).sum(0)
-        self.weight_E = self.weight_E + weights_TE.sum(0)
-        self.entropy += float(torch.special.entr(probs_TE).sum())
+    def __add__(self, other: LayerCounts) -> LayerCounts:
+        """The counts of both, for example of two processes."""
+        return LayerCounts(
+            self.tokens + other.tokens,
+            self.selected_E + other.selected_E,
+            self.weight_E + other.weight_E,
+            self.entropy + other.entropy,
+            self.not_finite + other.not_finite,
+        )
 
     def summary(self) -> dict[str, Any]:
         """Means per token; see `RoutingStatistics.to_dict`."""
@@ -87,7 +80,9 @@ class RoutingStatistics:
 
 
 @contextmanager
-def routing_statistics(model: nn.Module, adapter: str = "default") -> Iterator[RoutingStatistics]:
+def routing_statistics(
+    model: nn.Module, adapter: str = "default", *, padding_id: int | None = None
+) -> Iterator[RoutingStatistics]:
     """Record which experts `model` uses inside the block.
 
         with routing_statistics(model) as stats:
@@ -102,6 +97,8 @@ def routing_statistics(model: nn.Module, adapter: str = "default") -> Iterator[R
     Args:
         model: a model with MoE-LoRA layers, wrapped or not.
         adapter: whose routers.
+        padding_id: token id that calls without an attention mask pad with on the right; None takes
+            all of their tokens for real.
     """
     layers = routed_layers(model)
     stats = RoutingStatistics()
@@ -114,11 +111,17 @@ def routing_statistics(model: nn.Module, adapter: str = "default") -> Iterator[R
 
     def count(module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
         call = read_call(module, args, kwargs, {})
-        for name, layer in layers.items():
-            routing = layer.last_routing.pop(adapter, None)
-            if routing is not None:
-                counts = stats.layers.setdefault(name, LayerCounts())
-                counts.add(routing, call.real_among(len(routing.weights)))
+        if call.real_BS is None and padding_id is not None:
+            call = replace(call, real_BS=_before_padding(args, kwargs, padding_id))
+        for sees_images, view in ((False, call), (True, call.unmasked)):
+            found = {
+                name: routing
+                for name, layer in layers.items()
+                if layer.sees_images == sees_images
+                and (routing := layer.last_routing.pop(adapter, None)) is not None
+            }
+            for name, counts in _count(found, view).items():
+                stats.layers[name] = stats.layers[name] + counts if name in stats.layers else counts
 
     handles = (
         base.register_forward_pre_hook(forget),
@@ -141,3 +144,45 @@ def _base_of(model: nn.Module) -> nn.Module:
     get_base_model = getattr(model, "get_base_model", None)
     base: nn.Module = get_base_model() if callable(get_base_model) else model
     return base
+
+
+def _count(found: Mapping[str, Routing], call: Call) -> dict[str, LayerCounts]:
+    """Count one forward pass, layers of one shape at once."""
+    alike: dict[Any, list[str]] = {}
+    for name, routing in found.items():
+        alike.setdefault((routing.weights.shape, routing.weights.device), []).append(name)
+    counted = {}
+    for names in alike.values():
+        weights_LTE = torch.stack([found[name].weights for name in names]).float()
+        probs_LTE = torch.stack([found[name].probs for name in names]).float()
+        tokens = weights_LTE.shape[1]
+        real_T = call.real_among(tokens)
+        if real_T is None:
+            real_T = torch.ones(tokens, dtype=torch.bool)
+        real_T = real_T.to(weights_LTE.device)
+        finite_LT = weights_LTE.isfinite().all(-1)
+        counted_LT1 = (finite_LT & real_T)[..., None]
+        weights_LTE = torch.where(counted_LT1, weights_LTE, 0)
+        probs_LTE = torch.where(counted_LT1, probs_LTE, 0)
+        sums = (
+            counted_LT1.sum(1),
+            (~finite_LT & real_T).sum(1, keepdim=True),
+            torch.special.entr(probs_LTE).sum((1, 2), keepdim=True)[:, 0],
+            (weights_LTE > 0).sum(1),
+            weights_LTE.sum(1),
+        )
+        # The accelerator is waited for once. Wider on the CPU: not all of them have float64.
+        for name, row in zip(names, torch.cat(sums, 1).cpu().double(), strict=True):
+            selected_E, weight_E = row[3:].chunk(2)
+            counted[name] = LayerCounts(
+                int(row[0]), selected_E, weight_E, float(row[2]), int(row[1])
+            )
+    return counted
+
+
+def _before_padding(args: Any, kwargs: Mapping[str, Any], padding_id: int) -> Tensor | None:
+    """True up to the last token of each sequence that is not `padding_id` (B, S)."""
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    if not isinstance(ids, Tensor) or ids.ndim != 2:
+        return None
+    return (ids != padding_id).flip(1).cumsum(1).flip(1) > 0

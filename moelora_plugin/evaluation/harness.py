@@ -10,11 +10,13 @@ adapter's.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,10 +27,12 @@ from moelora_eval_tasks.scoring import SCORE
 
 from ..call import routing_ids
 from ..errors import MissingDependencyError
-from .lm import quiet
+from .expert_use import ExpertUse, record_expert_use
+from .lm.quiet import no_bars, quiet
+from .processes import of_first
 
 if TYPE_CHECKING:
-    from lm_eval.models.huggingface import HFLM
+    from .lm.shared import SharedLM
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,32 @@ class LoadedTasks:
         """The rendered rows of one task, as `loading.load_for_lm_eval` makes them."""
         return list(self.lm_eval["tasks"][PREFIX + name].task_docs)
 
+    def rows(self, name: str) -> int:
+        """How many rows of one task there are."""
+        return len(self.lm_eval["tasks"][PREFIX + name].task_docs)
+
+    def prompts_sha256(self, task: Task) -> str:
+        """Digest of every context, image and choice that is scored."""
+        digest = hashlib.sha256()
+        for document in self.documents(task.name):
+            for choice in [""] if task.generates else document["choices"]:
+                digest.update(f"{document['context']}\0{choice}\0".encode())
+            digest.update(_image_bytes(document))
+        return digest.hexdigest()
+
+    def identity(self, task: Task) -> dict[str, Any]:
+        """What the answers to one task follow from, beside the model, as JSON values."""
+        digest = hashlib.sha256()
+        for document in self.documents(task.name):
+            rest = {key: value for key, value in document.items() if key != "image"}
+            digest.update(json.dumps(rest, sort_keys=True).encode() + _image_bytes(document))
+        config = self.lm_eval["tasks"][PREFIX + task.name].config
+        return {
+            "task": repr(task),
+            "rows": digest.hexdigest(),
+            "generation": config.generation_kwargs if task.generates else None,
+        }
+
 
 @dataclass(frozen=True)
 class Predictions:
@@ -77,13 +107,15 @@ class Predictions:
         label: labels (n,): indices of the right answers, or real numbers for a rating.
         pred: predictions (n,), of the same kind.
         answers: what it answered (n,): the likeliest of the answers, or the text it wrote.
-        prompts_sha256: digest of every context and choice that was scored.
+        prompts_sha256: digest of every context, image and choice that was scored.
+        expert_use: which experts were used, by layer; empty without a router.
     """
 
     label: Array
     pred: Array
     answers: tuple[str, ...]
     prompts_sha256: str
+    expert_use: ExpertUse = field(default_factory=dict, repr=False)
 
 
 def load_tasks(
@@ -133,47 +165,52 @@ def load_tasks(
 
 
 def predict(
-    lm: HFLM, loaded: LoadedTasks, task_ids: Mapping[str, int] | None = None
-) -> dict[str, Predictions]:
-    """Answer every row of the loaded tasks, one task after the other.
+    lm: SharedLM, loaded: LoadedTasks, task: Task, task_id: int | None = None
+) -> Predictions:
+    """Answer every row of one task, each in one of the processes that share them.
 
     Args:
         lm: the model.
         loaded: the tasks.
-        task_ids: ids by task name, for adapters that route by it.
+        task: one of them.
+        task_id: its id, for an adapter that routes by it.
 
     Returns:
-        Predictions by task name, in the rows' order.
+        The predictions in the rows' order, the same in every process.
     """
     from lm_eval.evaluator import evaluate
 
-    found = {}
-    for task in loaded.tasks:
-        key = PREFIX + task.name
-        tasks = {**loaded.lm_eval, "tasks": {key: loaded.lm_eval["tasks"][key]}}
-        with task_id_of(lm.model, task.name, task_ids):
-            results: Any = evaluate(lm, tasks, bootstrap_iters=0)
-        found[task.name] = _collect(task, results["samples"][key])
-    return found
+    key = PREFIX + task.name
+    tasks = {**loaded.lm_eval, "tasks": {key: loaded.lm_eval["tasks"][key]}}
+    with (
+        _shared(lm, loaded.rows(task.name)),
+        task_id_of(lm.model, task_id),
+        record_expert_use(lm) as used,
+        no_bars(),
+    ):
+        results: Any = evaluate(lm, tasks, bootstrap_iters=0)
+    found: Any = None
+    if results is not None:
+        digest = loaded.prompts_sha256(task)
+        found = _collect(results["samples"][key], digest, used)
+    predictions: Predictions = of_first(found, lm.processes)
+    return predictions
 
 
-def task_id_of(
-    model: Any, name: str, task_ids: Mapping[str, int] | None
-) -> AbstractContextManager[None]:
+def task_id_of(model: Any, task_id: int | None) -> AbstractContextManager[None]:
     """Tell the model which task is going on, where there is an id for it."""
-    if not task_ids or name not in task_ids:
-        return nullcontext()
-    return routing_ids(model, task_id=task_ids[name])
+    return nullcontext() if task_id is None else routing_ids(model, task_id=task_id)
 
 
-def _collect(task: Task, samples: list[dict[str, Any]]) -> Predictions:
+def _shared(lm: SharedLM, rows: int) -> AbstractContextManager[None]:
+    """Let the processes share rows; of fewer rows than processes, each answers all."""
+    return nullcontext() if rows >= lm.world_size else lm.alone()
+
+
+def _collect(samples: list[dict[str, Any]], digest: str, used: ExpertUse) -> Predictions:
     samples = sorted(samples, key=lambda sample: int(sample["doc_id"]))
     label, pred = np.asarray([sample[SCORE] for sample in samples], dtype=np.float64).T
-    digest = hashlib.sha256()
-    for sample in samples:
-        for context, second, *_ in sample["arguments"]:
-            digest.update(f"{context}\0{'' if task.generates else second}\0".encode())
-    return Predictions(label, pred, tuple(map(_answer, samples)), digest.hexdigest())
+    return Predictions(label, pred, tuple(map(_answer, samples)), digest, used)
 
 
 def _answer(sample: dict[str, Any]) -> str:
@@ -183,3 +220,12 @@ def _answer(sample: dict[str, Any]) -> str:
         return responses[0]
     best = int(np.argmax([loglikelihood for loglikelihood, _ in responses]))
     return str(sample["doc"]["choices"][best]).strip()
+
+
+def _image_bytes(document: dict[str, Any]) -> bytes:
+    """The file of a row's image, as it is."""
+    image = document["image"]
+    if image is None:
+        return b""
+    content: bytes | None = image["bytes"]
+    return Path(image["path"]).read_bytes() if content is None else content

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import sys
@@ -10,15 +11,24 @@ from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from moelora_eval_tasks.catalog import TASKS, Task
+import torch
+
+from moelora_eval_tasks.catalog import PREFIX, TASKS, Task
 from moelora_eval_tasks.loading import local_file
 
 from ..checkpoint import CONFIG_FILE, WEIGHTS_FILE, resolve_adapter
 from ..files import sha256_of
 
-PACKAGES = ("moelora", "torch", "transformers", "peft", "lm_eval", "datasets", "numpy")
+if TYPE_CHECKING:
+    from .harness import LoadedTasks
+
+PACKAGES = (
+    *("moelora", "torch", "transformers", "peft", "accelerate", "tokenizers", "bitsandbytes"),
+    *("lm_eval", "datasets", "numpy", "scipy"),
+)
+_SAMPLES = 16  # values of each of the base's tensors that go into its fingerprint
 
 
 def environment() -> dict[str, Any]:
@@ -31,14 +41,23 @@ def environment() -> dict[str, Any]:
 
 
 def datasets_of(tasks: Iterable[Task], data_dir: str | None) -> dict[str, dict[str, Any]]:
-    """Where each task's rows came from: hub id and revision, or a local file and its digest."""
+    """Where each task's rows came from.
+
+    A hub id, its revision and the `datasets` fingerprint of the split, or a local file and its
+    digest.
+    """
     records: dict[str, dict[str, Any]] = {}
     for task in tasks:
         record: dict[str, Any] = {"split": task.eval_split, "rows": task.eval_slice}
         if task.parts:
             record["parts"] = datasets_of([TASKS[name] for name in task.parts], data_dir)
         elif data_dir is None:
-            record |= {"hub_id": task.hub_id, "config": task.config, "revision": task.revision}
+            record |= {
+                "hub_id": task.hub_id,
+                "config": task.config,
+                "revision": task.revision,
+                "fingerprint": _hub_fingerprint(task),
+            }
         else:
             path = local_file(task, task.eval_split, data_dir)
             record |= {"file": str(path), "sha256": sha256_of(path)}
@@ -46,17 +65,36 @@ def datasets_of(tasks: Iterable[Task], data_dir: str | None) -> dict[str, dict[s
     return records
 
 
+def settings_of(loaded: LoadedTasks) -> dict[str, dict[str, Any]]:
+    """How each task was scored: protocol, version, and what lm-eval was told."""
+    records = {}
+    for task in loaded.tasks:
+        config = loaded.lm_eval["tasks"][PREFIX + task.name].config
+        records[task.name] = {
+            "protocol": task.protocol,
+            "version": (config.metadata or {}).get("version"),
+            "num_fewshot": config.num_fewshot,
+            "generation": config.generation_kwargs if task.generates else None,
+        }
+    return records
+
+
 def model_of(model: Any) -> dict[str, Any]:
-    """The base's id, revision and dtype, and the active adapters' configs, routing included."""
+    """What a model is: its base, how that is held, and the active adapters' configs."""
     config = model.config
     parameter = next(model.parameters())
     peft_config = getattr(model, "peft_config", {})
     active = getattr(model, "active_adapters", []) if peft_config else []
+    quantization = getattr(config, "quantization_config", None)
     return {
         "base": config.name_or_path,
         "revision": getattr(config, "_commit_hash", None),
+        "base_fingerprint": _fingerprint(model),
         "dtype": str(parameter.dtype),
+        "quantization": None if quantization is None else _plain(_as_dict(quantization)),
+        "attention": getattr(config, "_attn_implementation", None),
         "device": str(parameter.device),
+        "device_name": _device_name(parameter.device),
         "adapters": {name: _plain(peft_config[name].to_dict()) for name in active},
     }
 
@@ -66,6 +104,44 @@ def adapter_of(path: str) -> dict[str, Any]:
     folder = resolve_adapter(path)
     digests = {name: sha256_of(folder / name) for name in (WEIGHTS_FILE, CONFIG_FILE)}
     return {"path": path, "sha256": digests}
+
+
+def _fingerprint(model: Any) -> str | None:
+    """Digest of a few values of each of the base's tensors; the same with and without an adapter.
+
+    None where the weights are not materialised.
+    """
+    prefix = getattr(getattr(model, "base_model", None), "prefix", None)
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if prefix is not None and (prefix in name or "modules_to_save" in name):
+            continue
+        if parameter.is_meta:
+            return None
+        flat = parameter.detach().flatten()
+        step = max(1, flat.numel() // _SAMPLES)
+        values = [float(value) for value in flat[step // 2 :: step][:_SAMPLES].cpu()]
+        digest.update(json.dumps([list(parameter.shape), values]).encode())
+    return digest.hexdigest()
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine()
+
+
+def _hub_fingerprint(task: Task) -> str:
+    """What `datasets` knows the split by; it is in its cache by now."""
+    from datasets import load_dataset
+
+    split = load_dataset(task.hub_id, task.config, split=task.eval_split, revision=task.revision)
+    return str(split._fingerprint)
+
+
+def _as_dict(config: Any) -> dict[str, Any]:
+    content: dict[str, Any] = config if isinstance(config, dict) else config.to_dict()
+    return content
 
 
 def _version(package: str) -> str | None:

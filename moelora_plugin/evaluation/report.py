@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moelora_eval_tasks.catalog import TASKS
 from moelora_eval_tasks.scoring import SCORE
 
 from ..files import write_text
+from .documents import Document, documents_file, documents_of, write_documents
+from .expert_use import ExpertUse
 from .harness import Predictions
-from .statistics import Difference, Estimate, Measurement
+from .overlap import overlap_warnings
+from .statistics import Difference, Estimate, Measurement, noise_warning
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 FORMAT_VERSION = 2
+NOISE_MARK = "~"  # before a difference that is within noise
+_LONG = ("predictions", "expert_use")
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,7 @@ class EvaluationReport:
         reference: the model that the others are compared with; None compares nothing.
         models: by model what is known of it (base, adapter, digests, routing).
         details: everything else that is needed to repeat the run.
+        documents: gives the rows of a task as they were rendered; None writes none.
         path: the file it was written to.
     """
 
@@ -40,21 +47,38 @@ class EvaluationReport:
     reference: str | None = None
     models: dict[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)
     details: dict[str, Any] = field(default_factory=dict, repr=False)
+    documents: Callable[[str], Sequence[Mapping[str, Any]]] | None = field(default=None, repr=False)
     path: Path | None = None
 
+    @property
+    def warnings(self) -> list[str]:
+        """What must be known before the scores are quoted, a sentence each."""
+        return cautions(self.tasks, self.groups, self.details)
+
     def table(self) -> Table:
-        """A table for the terminal, in points (times 100)."""
+        """A table for the terminal, in points (times 100), with the warnings under it."""
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
 
         compared = self.reference is not None
-        title = "Scores x 100 ± standard error" + ("; difference [95 %]" if compared else "")
-        # Narrow enough for 80 columns: a number that wraps is hard to read.
-        table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+        title = "Scores x 100 ± standard error"
+        if compared:
+            title += f"; difference from {self.reference} [95 %], {NOISE_MARK} within noise"
+        # Narrow enough for 80 columns: a number that wraps is hard to read, a name is not.
+        table = Table(
+            title=title,
+            caption="\n".join(self.warnings),
+            caption_justify="left",
+            box=SIMPLE_HEAD,
+            pad_edge=False,
+            collapse_padding=True,
+        )
         table.add_column("Task", overflow="fold")
-        for name in ("Rows", "Metric", *(("Model",) if len(self.predictions) > 1 else ()), "Value"):
-            left = name in ("Metric", "Model")
-            table.add_column(name, justify="left" if left else "right", no_wrap=True)
+        table.add_column("Rows", justify="right", no_wrap=True)
+        table.add_column("Metric", no_wrap=True)
+        if len(self.predictions) > 1:
+            table.add_column("Model", overflow="fold")
+        table.add_column("Value", justify="right", no_wrap=True)
         if compared:
             table.add_column("Difference", justify="right", no_wrap=True)
         for name, measurement in self.tasks.items():
@@ -73,22 +97,44 @@ class EvaluationReport:
             "tasks": {name: one.to_dict() for name, one in self.tasks.items()},
             "groups": {name: one.to_dict() for name, one in self.groups.items()},
             **self.details,
+            "expert_use": self._expert_use(),
             "predictions": {name: self._rows(name) for name in self.tasks},
         }
 
     def write(self, path: Path) -> EvaluationReport:
-        """Write the JSON file, whole or not at all.
+        """Write the JSON file and, beside it, the documents; both whole or not at all.
 
         Returns:
             This report, with its `path`.
         """
-        content = (
-            # Predictions are long lists: indented, they would be one number to a line.
-            f'"{key}": {json.dumps(value, indent=None if key == "predictions" else 2)}'
-            for key, value in self.to_dict().items()
+        content, file = self.to_dict(), documents_file(path)
+        if self.documents is not None:
+            digest = write_documents(file, self._documents(self.documents), list(self.predictions))
+            content["documents"] = {"file": file.name, "sha256": digest}
+        parts = (
+            # Predictions and expert use are long lists: indented, they would be a number to a line.
+            f'"{key}": {json.dumps(value, indent=None if key in _LONG else 2)}'
+            for key, value in content.items()
         )
-        write_text(path, "{\n" + ",\n".join(content) + "\n}\n")
+        try:
+            write_text(path, "{\n" + ",\n".join(parts) + "\n}\n")
+        except BaseException:
+            file.unlink(missing_ok=True)
+            raise
         return replace(self, path=path)
+
+    def _documents(self, rows: Callable[[str], Any]) -> Iterator[Document]:
+        for name in self.tasks:
+            answered = {model: found[name] for model, found in self.predictions.items()}
+            yield from documents_of(TASKS[name], rows(name), answered)
+
+    def _expert_use(self) -> dict[str, dict[str, ExpertUse]]:
+        """By model and task; without the models that have no experts."""
+        used = {
+            model: {task: one.expert_use for task, one in found.items() if one.expert_use}
+            for model, found in self.predictions.items()
+        }
+        return {model: by_task for model, by_task in used.items() if by_task}
 
     def _rows(self, task: str) -> dict[str, Any]:
         """What each model predicted on each row, beside the labels."""
@@ -101,27 +147,52 @@ class EvaluationReport:
         }
 
 
+def cautions(
+    tasks: Mapping[str, Measurement],
+    groups: Mapping[str, Measurement],
+    details: Mapping[str, Any],
+) -> list[str]:
+    """What must be known before the scores of a run are quoted, a sentence each."""
+    found = []
+    if limit := details.get("request", {}).get("limit"):
+        found.append(
+            f"At most {limit} rows of each task were drawn (--limit): not the benchmarks' scores."
+        )
+    found += overlap_warnings(details.get("overlap", {}))
+    if noise := noise_warning(tasks, groups):
+        found.append(noise)
+    return found
+
+
 def _add_rows(table: Table, name: str, one: Measurement) -> None:
-    """A row per metric and model. A single metric is its task's score, so that is one row."""
+    """A row per metric and model."""
     for model, estimates in one.metrics.items():
-        official = [metric for metric in estimates if metric != SCORE]
-        metrics = official if len(official) == 1 else [*official, SCORE]
+        metrics = shown_metrics(estimates)
         for metric in metrics:
             first = metric == metrics[0] and model == next(iter(one.metrics))
             cells = [name if first else "", str(one.n) if first else "", metric]
             if len(one.metrics) > 1:
                 cells.append(model)
-            cells.append(_show(estimates[metric]))
+            cells.append(show_estimate(estimates[metric]))
             if one.differences:
                 shown = model in one.differences and metric == metrics[-1]
-                cells.append(_show_difference(one.differences[model]) if shown else "")
+                cells.append(show_difference(one.differences[model]) if shown else "")
             table.add_row(*cells)
 
 
-def _show(estimate: Estimate) -> str:
+def show_estimate(estimate: Estimate) -> str:
+    """In points, with the standard error."""
     return f"{100 * estimate.value:.2f} ± {100 * estimate.stderr:.2f}"
 
 
-def _show_difference(difference: Difference) -> str:
+def show_difference(difference: Difference) -> str:
+    """In points, with the 95 % interval, and a mark where that holds 0."""
+    mark = f"{NOISE_MARK} " if difference.within_noise else ""
     low, high = difference.interval
-    return f"{100 * difference.value:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]"
+    return f"{mark}{100 * difference.value:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]"
+
+
+def shown_metrics(estimates: Mapping[str, Estimate]) -> list[str]:
+    """The metrics to show. A single one is its task's score, so that is one row."""
+    official = [metric for metric in estimates if metric != SCORE]
+    return official if len(official) == 1 else [*official, SCORE]

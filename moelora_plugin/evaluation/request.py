@@ -8,6 +8,7 @@ from pathlib import Path
 from ..errors import ConfigError
 from ..files import refuse_existing
 
+AUTO = "auto"  # the batch size that is chosen
 DEFAULT_OUTPUT = "moelora_eval.json"
 
 
@@ -21,7 +22,8 @@ class EvaluationRequest:
         base: model to put the adapters on; None takes the one the adapters were trained on.
         data_dir: folder with local parquet files; None reads from the hub.
         limit: rows per task, drawn with `seed`; None takes all.
-        batch_size: rows per forward pass. It changes the speed, not the scores.
+        batch_size: rows per forward pass; "auto" takes as many as fill it with tokens and fit in
+            memory. It changes the speed, not the scores.
         compare_base: also score the base without an adapter, on the same load and the same rows.
         guess: where a written answer is not found, guess one with `seed`; else that is a miss.
         dtype: of the weights: "auto" (as saved) or a torch dtype's name.
@@ -30,6 +32,7 @@ class EvaluationRequest:
         output: file to write, or folder for `moelora_eval.json`; None is the current folder.
         overwrite: replace an existing file.
         allow_base_mismatch: put an adapter on another base than it was trained on.
+        cache: keep answers, and take those that are there.
 
     Raises:
         ConfigError: the values do not go together.
@@ -40,7 +43,7 @@ class EvaluationRequest:
     base: str | None = None
     data_dir: str | None = None
     limit: int | None = None
-    batch_size: int = 8
+    batch_size: int | str = AUTO
     compare_base: bool = False
     guess: bool = False
     dtype: str = "auto"
@@ -49,6 +52,7 @@ class EvaluationRequest:
     output: Path | None = None
     overwrite: bool = False
     allow_base_mismatch: bool = False
+    cache: bool = True
 
     def __post_init__(self) -> None:
         if not self.adapters and self.base is None:
@@ -61,11 +65,9 @@ class EvaluationRequest:
             )
         if len(set(self.adapters)) < len(self.adapters):
             raise ConfigError("An adapter is given twice; pass each --adapter once.")
-        for key, value in (("limit", self.limit), ("batch_size", self.batch_size)):
-            if value is not None and value < 1:
-                raise ConfigError(
-                    f"{key} is {value}, expected at least 1; change --{_option(key)}."
-                )
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"limit is {self.limit}, expected at least 1; change --limit.")
+        check_batch_size(self.batch_size)
 
     def output_file(self) -> Path:
         """The file to write.
@@ -80,5 +82,14 @@ class EvaluationRequest:
         return path
 
 
-def _option(key: str) -> str:
-    return key.replace("_", "-")
+def check_batch_size(batch_size: int | str) -> None:
+    """Refuse what is neither a number of rows nor "auto".
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if batch_size != AUTO and (not isinstance(batch_size, int) or batch_size < 1):
+        raise ConfigError(
+            f"batch_size is {batch_size!r}, expected a whole number of at least 1, or {AUTO!r}; "
+            "change --batch-size."
+        )

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from datetime import datetime, timezone
 from typing import Any
 
 from moelora_eval_tasks.catalog import GROUPS, canonical
 
 from ..errors import ConfigError
 from . import provenance
-from .applied import require_applied
-from .harness import LoadedTasks, Predictions, load_tasks, predict, task_id_of
-from .lm import wrap
+from .answers import Answers
+from .cache import PredictionCache
+from .harness import load_tasks
+from .images import refuse_images
+from .overlap import count_overlap
+from .processes import launched
 from .report import EvaluationReport
-from .request import EvaluationRequest
+from .request import AUTO, EvaluationRequest, check_batch_size
 from .statistics import combine, measure
-from .subjects import BASE, subjects
+from .subjects import BASE, adapter_names, subjects
 
 MODEL = "model"  # the name, in a report, of a model that is in memory
 
 
 def evaluate(request: EvaluationRequest) -> EvaluationReport:
     """Load the base once, score it and each adapter, and write `moelora_eval.json`.
+
+    Processes that were launched together share the rows; each gets the report, and the first
+    writes it. Answers are kept and, where they are there, not asked for again (`cache`).
 
     What can be refused is refused before the model is loaded: tasks, output file, data.
 
@@ -35,24 +39,25 @@ def evaluate(request: EvaluationRequest) -> EvaluationReport:
         MissingDependencyError: lm-eval or the network is not there.
     """
     path = request.output_file()
+    processes = launched(request.device)
     loaded = load_tasks(request.tasks, request.data_dir, request.limit, request.seed, request.guess)
-    clock = _Clock()
-    found: dict[str, dict[str, Predictions]] = {}
     models: dict[str, Mapping[str, Any]] = {}
-    for one in subjects(request, loaded.tasks):
-        found[one.name] = _answer(
-            one.model, one.processor, loaded, request.batch_size, one.task_ids
-        )
-        models[one.name] = one.record
+    count = len(request.adapters) + (request.compare_base or not request.adapters)
+    device = request.device if processes is None else str(processes.device)
+    with Answers(loaded, request.batch_size, count, processes) as answers:
+        for one in subjects(request, loaded.tasks, device):
+            cache = PredictionCache(one.identity) if request.cache else None
+            answers.add(one.name, one.model, one.processor, one.task_ids, cache)
+            models[one.name] = one.record
+            del one  # or the next would have to share the memory with it
     reference = BASE if request.compare_base else None
-    report = _summarise(
-        loaded,
-        found,
-        reference,
-        models,
-        {**clock.read(), "request": {**asdict(request), "output": str(path)}},
-    )
-    return report.write(path)
+    adapters = {name: adapter for adapter, name in adapter_names(request.adapters).items()}
+    details = {
+        "request": {**asdict(request), "output": str(path)},
+        "overlap": count_overlap(loaded, adapters),
+    }
+    report = _summarise(answers, reference, models, details)
+    return report.write(path) if processes is None or processes.is_main_process else report
 
 
 def evaluate_model(
@@ -62,7 +67,7 @@ def evaluate_model(
     *,
     data_dir: str | None = None,
     limit: int | None = None,
-    batch_size: int = 8,
+    batch_size: int | str = AUTO,
     compare_base: bool = False,
     guess: bool = False,
     seed: int = 0,
@@ -70,13 +75,16 @@ def evaluate_model(
 ) -> EvaluationReport:
     """Score a model that is in memory; `report.write(path)` saves the outcome.
 
+    Nothing is kept in the cache, and a process does not share the rows with others.
+
     Args:
-        model: a causal language model, or a PeftModel of one. Its training mode is left as it was.
+        model: a language model, a vision model, or a PeftModel of one. Its training mode is left
+            as it was.
         tokenizer: its tokenizer or, of a vision model, its processor.
         tasks: tasks and groups in any spelling.
         data_dir: folder with local parquet files; None reads from the hub.
         limit: rows per task, drawn with `seed`; None takes all.
-        batch_size: rows per forward pass.
+        batch_size: rows per forward pass; "auto" takes as many as fill it with tokens and fit.
         compare_base: also score the model with its adapter switched off, on the same rows.
         guess: where a written answer is not found, guess one with `seed`; else that is a miss.
         seed: of the draw of rows, of the guesses and of the bootstrap.
@@ -86,23 +94,25 @@ def evaluate_model(
         The scores of "model" and, where it was compared, of "base".
 
     Raises:
-        ConfigError: an unknown task, or `compare_base` of a model without an adapter.
+        ConfigError: an unknown task, `compare_base` of a model without an adapter, or a task with
+            images for a model without eyes.
         DataError: rows that are missing or not what a task needs.
         AdapterError: the adapter has trained experts and changes nothing.
         MissingDependencyError: lm-eval or the network is not there.
     """
+    check_batch_size(batch_size)
     loaded = load_tasks(tasks, data_dir, limit, seed, guess)
+    refuse_images(model, loaded.tasks)
     if compare_base and not hasattr(model, "disable_adapter"):
         raise ConfigError(
             f"Cannot compare with a base: a {type(model).__name__} has no adapter to switch off; "
             "leave compare_base out."
         )
-    clock = _Clock()
-    found: dict[str, dict[str, Predictions]] = {}
-    if compare_base:
-        with model.disable_adapter():
-            found[BASE] = _answer(model, tokenizer, loaded, batch_size, {}, is_base=True)
-    found[MODEL] = _answer(model, tokenizer, loaded, batch_size, task_ids or {})
+    with Answers(loaded, batch_size, 1 + compare_base) as answers:
+        if compare_base:
+            with model.disable_adapter():
+                answers.add(BASE, model, tokenizer)
+        answers.add(MODEL, model, tokenizer, task_ids)
     request = {
         "tasks": loaded.names,
         "data_dir": data_dir,
@@ -112,47 +122,22 @@ def evaluate_model(
         "compare_base": compare_base,
         "guess": guess,
     }
-    return _summarise(
-        loaded,
-        found,
-        BASE if compare_base else None,
-        {MODEL: provenance.model_of(model)},
-        {**clock.read(), "request": request},
-    )
-
-
-def _answer(
-    model: Any,
-    processor: Any,
-    loaded: LoadedTasks,
-    batch_size: int,
-    task_ids: Mapping[str, int],
-    *,
-    is_base: bool = False,
-) -> dict[str, Predictions]:
-    """Answer every row with one model, and leave it in the mode that it was in."""
-    training = model.training
-    try:
-        lm = wrap(model, processor, batch_size)
-        if not is_base:
-            with task_id_of(model, loaded.tasks[0].name, task_ids):
-                require_applied(model, lm.tok_encode(loaded.first_prompt))
-        return predict(lm, loaded, task_ids)
-    finally:
-        model.train(training)
+    models = {MODEL: provenance.model_of(model)}
+    return _summarise(answers, BASE if compare_base else None, models, {"request": request})
 
 
 def _summarise(
-    loaded: LoadedTasks,
-    found: dict[str, dict[str, Predictions]],
+    answers: Answers,
     reference: str | None,
-    models: dict[str, Mapping[str, Any]],
+    models: Mapping[str, Mapping[str, Any]],
     details: dict[str, Any],
 ) -> EvaluationReport:
     """The statistics of what the models answered, and what else belongs into the report."""
+    record = answers.record()  # before the statistics, which take their time too
+    loaded, found = answers.loaded, answers.found
     measured = {}
     for task in loaded.tasks:
-        by_model = {model: answers[task.name] for model, answers in found.items()}
+        by_model = {model: by_task[task.name] for model, by_task in found.items()}
         first = next(iter(by_model.values()))
         measured[task.name] = measure(
             task,
@@ -168,25 +153,13 @@ def _summarise(
         groups={group: combine([measured[name] for name in GROUPS[group]]) for group in groups},
         predictions=found,
         reference=reference,
-        models=models,
+        models=dict(models),
         details={
             **provenance.environment(),
+            **record,
             **details,
             "datasets": provenance.datasets_of(loaded.tasks, loaded.data_dir),
+            "protocols": provenance.settings_of(loaded),
         },
+        documents=loaded.documents,
     )
-
-
-class _Clock:
-    """When a run began and how long it took."""
-
-    def __init__(self) -> None:
-        self._began = datetime.now(timezone.utc)
-        self._start = time.perf_counter()
-
-    def read(self) -> dict[str, Any]:
-        """For the report."""
-        return {
-            "began": self._began.isoformat(timespec="seconds"),
-            "seconds": round(time.perf_counter() - self._start, 1),
-        }

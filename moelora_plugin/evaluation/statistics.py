@@ -1,27 +1,37 @@
-"""Metrics with standard errors, and paired differences with confidence intervals, by bootstrap.
+"""Metrics with standard errors, and paired differences with intervals and tests.
 
 Rows are drawn with replacement, 1,000 times (Efron and Tibshirani, *An Introduction to the
-Bootstrap*, 1993, ch. 6 and 13). A standard error is the standard deviation of the metric over the
-draws. All models see the same draws, so their differences are paired: rows that both get right
-cancel.
+Bootstrap*, 1993, ch. 6 and 13). A standard error is the standard deviation of a metric over the
+draws, an interval their 2.5 % and 97.5 % quantiles. All models see the same draws, so their
+differences are paired: rows that both get right cancel. And the draws depend on the seed, the task
+and its rows alone, so a model's numbers are the same whatever other models stand beside it.
+
+This is what other rows like these would change. How much another training run differs is a matter
+of several training seeds (`seeds`).
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from operator import itemgetter
+from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moelora_eval_tasks.catalog import Task
 from moelora_eval_tasks.metrics import METRICS, Array
 from moelora_eval_tasks.scoring import SCORE
 
+Key = TypeVar("Key")
+
 DRAWS = 1000
 CONFIDENCE = 0.95
 _CHUNK = 2**21  # rows drawn at once: bounds memory at some tens of MB, whatever the split's size
+# A true difference of 1.96 + 0.84 standard errors is outside of the noise four times in five.
+_POWERED = 1.96 + 0.84
 
 
 @dataclass(frozen=True)
@@ -34,27 +44,46 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Difference:
-    """A model's score minus the reference's.
+    """A model's score minus the reference's, on the same rows.
 
     Attributes:
         value: on the rows as they are.
-        draws: on each bootstrap draw, (DRAWS,).
+        stderr: its standard error.
+        low: lower end of the 95 % percentile interval.
+        high: upper end.
+        p_value: of McNemar's exact test that both are right equally often; None where the score is
+            not the share of rows that are right.
     """
 
     value: float
-    draws: Array = field(repr=False, compare=False)
+    stderr: float
+    low: float
+    high: float
+    p_value: float | None = None
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % percentile interval."""
-        tail = (1 - CONFIDENCE) / 2
-        low, high = np.quantile(self.draws, (tail, 1 - tail))
-        return float(low), float(high)
+        """The 95 % interval."""
+        return self.low, self.high
+
+    @property
+    def within_noise(self) -> bool:
+        """Whether the interval holds 0: other rows could turn the difference round."""
+        return self.low <= 0 <= self.high
+
+    @property
+    def detectable(self) -> float:
+        """How large a true difference must be to be outside of the noise four times in five."""
+        return _POWERED * self.stderr
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in the JSON file."""
-        low, high = self.interval
-        return {"value": self.value, "low": low, "high": high, "confidence": CONFIDENCE}
+        return {**vars(self), "confidence": CONFIDENCE, "within_noise": self.within_noise}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Difference:
+        """What `to_dict` wrote."""
+        return cls(*(content[name] for name in ("value", "stderr", "low", "high", "p_value")))
 
 
 @dataclass(frozen=True)
@@ -67,12 +96,14 @@ class Measurement:
             group has only "score".
         differences: by model its score minus the reference's; empty without a reference.
         categories: the same on the rows of each category, where the task has categories.
+        draws: by model the score on each draw of rows, (DRAWS,); empty where it was read back.
     """
 
     n: int
     metrics: dict[str, dict[str, Estimate]]
     differences: dict[str, Difference] = field(default_factory=dict)
     categories: dict[str, Measurement] = field(default_factory=dict)
+    draws: dict[str, Array] = field(default_factory=dict, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in the JSON file."""
@@ -85,6 +116,19 @@ class Measurement:
             "differences": {model: one.to_dict() for model, one in self.differences.items()},
             "categories": {name: one.to_dict() for name, one in self.categories.items()},
         }
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Measurement:
+        """What `to_dict` wrote."""
+        return cls(
+            content["n"],
+            {
+                model: {name: Estimate(**estimate) for name, estimate in metrics.items()}
+                for model, metrics in content["metrics"].items()
+            },
+            {model: Difference.from_dict(one) for model, one in content["differences"].items()},
+            {name: cls.from_dict(one) for name, one in content["categories"].items()},
+        )
 
 
 def measure(
@@ -114,14 +158,14 @@ def measure(
         }
         for model, pred in preds.items()
     }
-    differences = {
-        model: Difference(
-            metrics[model][SCORE].value - metrics[reference][SCORE].value,
-            drawn[model][SCORE] - drawn[reference][SCORE],
-        )
-        for model in preds
-        if reference is not None and model != reference
-    }
+    draws = {model: values[SCORE] for model, values in drawn.items()}
+    differences = {}
+    if reference is not None:
+        for model in preds:
+            if model != reference:
+                right, others_right = (preds[name] == label for name in (model, reference))
+                p_value = mcnemar(right, others_right) if task.scored == ("acc",) else None
+                differences[model] = _difference(metrics, draws, model, reference, p_value)
     parts = {}
     if categories is not None:
         of_row = np.asarray(categories)
@@ -129,7 +173,7 @@ def measure(
             rows = of_row == category
             chosen = {model: pred[rows] for model, pred in preds.items()}
             parts[category] = measure(task, label[rows], chosen, reference, seed)
-    return Measurement(len(label), metrics, differences, parts)
+    return Measurement(len(label), metrics, differences, parts, draws)
 
 
 def combine(members: Sequence[Measurement]) -> Measurement:
@@ -138,19 +182,70 @@ def combine(members: Sequence[Measurement]) -> Measurement:
     The tasks' rows are independent, so the standard error is sqrt(sum_k stderr_k^2) / K.
     """
     first = members[0]
+    metrics = {
+        model: {SCORE: _mean([member.metrics[model][SCORE] for member in members])}
+        for model in first.metrics
+    }
+    draws = {
+        model: np.mean([member.draws[model] for member in members], axis=0) for model in first.draws
+    }
+    reference = next((model for model in metrics if model not in first.differences), None)
     return Measurement(
         sum(member.n for member in members),
-        {
-            model: {SCORE: _mean([member.metrics[model][SCORE] for member in members])}
-            for model in first.metrics
-        },
-        {
-            model: Difference(
-                float(np.mean([member.differences[model].value for member in members])),
-                np.mean([member.differences[model].draws for member in members], axis=0),
-            )
-            for model in first.differences
-        },
+        metrics,
+        {model: _difference(metrics, draws, model, str(reference)) for model in first.differences},
+        draws=draws,
+    )
+
+
+def mcnemar(right: NDArray[np.bool_], others_right: NDArray[np.bool_]) -> float:
+    """McNemar's exact two-sided test (*Psychometrika* 12, 1947) on paired right and wrong answers.
+
+    Under the null hypothesis each row that only one of two models gets right is a fair coin's toss.
+
+    Args:
+        right: whether a model is right, (n,).
+        others_right: whether the other one is, (n,).
+    """
+    from scipy.stats import binomtest
+
+    only_one, only_other = int((right & ~others_right).sum()), int((~right & others_right).sum())
+    discordant = only_one + only_other
+    return float(binomtest(only_one, discordant).pvalue) if discordant else 1.0
+
+
+def holm(p_values: Mapping[Key, float]) -> dict[Key, float]:
+    """p-values adjusted for their number (Holm, *Scandinavian Journal of Statistics* 6, 1979).
+
+    Sorted upwards, the k-th of m is multiplied by m - k + 1, and none is below the one before it.
+    Calling those below 0.05 real errs once or more in at most 5 % of such families of tests.
+    """
+    adjusted: dict[Key, float] = {}
+    highest = 0.0
+    for rank, (key, p_value) in enumerate(sorted(p_values.items(), key=itemgetter(1))):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_value))
+        adjusted[key] = highest
+    return adjusted
+
+
+def noise_warning(tasks: Mapping[str, Measurement], groups: Mapping[str, Measurement]) -> str:
+    """One line on the differences that are within the noise; empty where there are none.
+
+    It also says what these rows can show: below `detectable` a difference needs more rows. That
+    does not depend on the difference seen, which is mostly noise itself.
+    """
+    found: dict[str, list[str]] = {}
+    for name, measured in (*tasks.items(), *groups.items()):
+        for model, difference in measured.differences.items():
+            if difference.within_noise:
+                least = f"{100 * difference.detectable:.1f}" if difference.stderr else "equal"
+                found.setdefault(model, []).append(f"{name} ({least})")
+    if not found:
+        return ""
+    lists = "; ".join(f"{model} on {', '.join(names)}" for model, names in found.items())
+    return (
+        f"Within noise, as the 95 % interval holds 0: {lists}. In brackets the points from which "
+        "on a true difference would show on these rows in four runs of five."
     )
 
 
@@ -178,6 +273,26 @@ def _evaluate(task: Task, label: Array, pred: Array) -> dict[str, Array]:
     return {**values, SCORE: np.mean([values[name] for name in task.scored], axis=0)}
 
 
-def _mean(estimates: Sequence[Estimate]) -> Estimate:
-    stderr = np.sqrt(np.sum([one.stderr**2 for one in estimates])) / len(estimates)
-    return Estimate(float(np.mean([one.value for one in estimates])), float(stderr))
+def _difference(
+    metrics: Mapping[str, Mapping[str, Estimate]],
+    draws: Mapping[str, Array],
+    model: str,
+    reference: str,
+    p_value: float | None = None,
+) -> Difference:
+    drawn = draws[model] - draws[reference]
+    low, high = percentile_interval(drawn)
+    value = metrics[model][SCORE].value - metrics[reference][SCORE].value
+    return Difference(value, float(drawn.std(ddof=1)), low, high, p_value)
+
+
+def percentile_interval(draws: Array) -> tuple[float, float]:
+    """The middle 95 % of the draws."""
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(draws, (tail, 1 - tail))
+    return float(low), float(high)
+
+
+def _mean(estimates: Iterable[Estimate]) -> Estimate:
+    values, stderrs = np.transpose([(one.value, one.stderr) for one in estimates])
+    return Estimate(float(values.mean()), float(np.sqrt((stderrs**2).sum()) / len(stderrs)))

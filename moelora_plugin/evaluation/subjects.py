@@ -7,14 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from moelora_eval_tasks.catalog import Task
 
-from ..base_model import load_base_model
+from ..base_model import load_base_model, load_config
 from ..checkpoint import check_adapter, load_adapter, read_adapter_config, resolve_adapter
 from ..errors import ConfigError
+from ..processors import load_processor
 from . import provenance
+from .cache import model_identity, weights_digest
+from .images import refuse_images
+from .lm.quiet import no_bars
 from .request import EvaluationRequest
 from .task_ids import trained_task_ids
 
@@ -30,6 +32,7 @@ class Subject:
         model: the model; valid until the next subject is asked for.
         processor: its tokenizer or, of a vision model, its processor.
         record: what the report says of it.
+        identity: what tells it from all other models, for the cache.
         task_ids: ids by task, where its adapter routes by them.
     """
 
@@ -37,30 +40,58 @@ class Subject:
     model: Any
     processor: Any
     record: Mapping[str, Any]
+    identity: Mapping[str, Any]
     task_ids: Mapping[str, int] = field(default_factory=dict)
 
 
-def subjects(request: EvaluationRequest, tasks: Sequence[Task]) -> Iterator[Subject]:
+def subjects(
+    request: EvaluationRequest, tasks: Sequence[Task], device: str | None = None
+) -> Iterator[Subject]:
     """The base, if it is asked for, and then each adapter on it.
 
+    After each adapter the base must be bitwise what it was; one that keeps trained biases or other
+    weights of the adapter is loaded anew.
+
+    Args:
+        request: which models.
+        tasks: what they are to be scored on.
+        device: where they are put.
+
     Raises:
-        ConfigError: adapters for different bases, or a base without a tokenizer.
+        ConfigError: adapters for different bases, a base without a tokenizer, or one that cannot
+            be shown the images of a task.
         AdapterError: an adapter that cannot be loaded.
         MissingDependencyError: a model is not here and the hub cannot be reached.
     """
     for path in request.adapters:  # before the time that loading a base takes
         check_adapter(path, request.base, allow_base_mismatch=request.allow_base_mismatch)
-    base_name = request.base or _common_base(request.adapters)
-    base = load_base_model(base_name, dtype=request.dtype, device=request.device).eval()
+    base_name, revision = _common_base(request)
+    refuse_images(load_config(base_name, revision), tasks)
+
+    def load() -> Any:
+        with no_bars():
+            base = load_base_model(base_name, revision=revision, dtype=request.dtype, device=device)
+        return base.eval()
+
+    base = load()
+    digest = weights_digest(base)
     if request.compare_base or not request.adapters:
-        yield Subject(BASE, base, _tokenizer(base_name), provenance.model_of(base))
+        processor = load_processor(base_name, base.config, revision=revision)
+        identity = model_identity(base, digest, processor, None)
+        yield Subject(BASE, base, processor, provenance.model_of(base), identity)
     for path, name in adapter_names(request.adapters).items():
-        model, tokenizer = load_adapter(
+        if base is None:
+            base = load()
+        model, processor = load_adapter(
             path, base=base, allow_base_mismatch=request.allow_base_mismatch
         )
-        record = {**provenance.model_of(model), **provenance.adapter_of(path)}
-        yield Subject(name, model, tokenizer, record, trained_task_ids(model, path, tasks))
-        base = model.unload()
+        of_adapter = provenance.adapter_of(path)
+        record = {**provenance.model_of(model), **of_adapter}
+        identity = model_identity(base, digest, processor, of_adapter["sha256"])
+        task_ids = trained_task_ids(model, path, tasks)
+        yield Subject(name, model, processor, record, identity, task_ids)
+        base = _without_adapter(model, digest)
+        del model
 
 
 def adapter_names(paths: Sequence[str]) -> dict[str, str]:
@@ -73,28 +104,32 @@ def adapter_names(paths: Sequence[str]) -> dict[str, str]:
     return {path: path for path in paths}
 
 
-def _common_base(adapters: Sequence[str]) -> str:
-    """The one base that all adapters record."""
-    recorded = {
-        path: read_adapter_config(resolve_adapter(path)).get("base_model_name_or_path")
-        for path in adapters
-    }
-    first = adapters[0]
+def _without_adapter(model: Any, digest: str) -> Any:
+    """The base of an adapted model as it was, or None where it cannot be had back."""
+    try:
+        base = model.unload()
+    except (AttributeError, NotImplementedError):  # adapters that replace no modules
+        return None
+    return base if weights_digest(base) == digest else None
+
+
+def _common_base(request: EvaluationRequest) -> tuple[str, str | None]:
+    """The base that is asked for, or the one that all adapters record, and its revision."""
+    recorded: dict[str, tuple[Any, Any]] = {}
+    for path in request.adapters:
+        config = read_adapter_config(resolve_adapter(path))
+        recorded[path] = config.get("base_model_name_or_path"), config.get("revision")
+    if request.base is not None:
+        of_base = {revision for name, revision in recorded.values() if name == request.base}
+        return request.base, of_base.pop() if len(of_base) == 1 else None
+    first = request.adapters[0]
     for path, base in recorded.items():
-        if not base:
+        if not base[0]:
             raise ConfigError(f"{path} names no base model; pass --base.")
         if base != recorded[first]:
+            known, other = (" at ".join(filter(None, one)) for one in (recorded[first], base))
             raise ConfigError(
-                f"{first} was trained on {recorded[first]} and {path} on {base}; evaluate them "
-                "apart, or pass --base."
+                f"{first} was trained on {known} and {path} on {other}; evaluate them apart, or "
+                "pass --base."
             )
-    return str(recorded[first])
-
-
-def _tokenizer(base: str) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(base)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{base} holds a model but no tokenizer; save its tokenizer there, or change --base."
-        ) from error
+    return recorded[first]

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
-
-from moelora_eval_tasks.scoring import SCORE
 
 from ..checkpoint import WEIGHTS_FILE
 from ..errors import ConfigError
@@ -22,49 +19,39 @@ _PAPER = "[A Stronger Mixture of Low-Rank Experts](https://arxiv.org/abs/2502.15
 _MAX_TARGETS = 12
 
 
-def read_scores(eval_file: Path | str | None, adapter: Path) -> dict[str, Any]:
-    """What this adapter, and its base where that is there, came out at in a `moelora_eval.json`.
+def read_scores(eval_file: Path | str | None, adapter: Path) -> str:
+    """The table of what this adapter, and its reference, came out at in a `moelora_eval.json`.
 
     Returns:
-        By task the rows `n`, the adapter's `metrics` and the `base`'s.
+        Markdown; empty without a file.
 
     Raises:
         ConfigError: no such file, not such a file, or the scores of something else.
     """
     if eval_file is None:
-        return {}
-    path = Path(eval_file)
+        return ""
+    from ..evaluation.markdown import score_table
+    from ..evaluation.runs import read_run
+    from ..evaluation.scoreboard import scoreboard
+
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        tasks: dict[str, Any] = dict(content["tasks"])
-        measured = {
-            record.get("sha256", {}).get(WEIGHTS_FILE): model
-            for model, record in content["models"].items()
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f"--eval-file {path} is not a moelora_eval.json; make one with moelora eval."
-        ) from error
+        run = read_run(eval_file)
+    except ConfigError as error:
+        raise ConfigError(f"--eval-file {error}") from None
+    measured = {
+        record.get("sha256", {}).get(WEIGHTS_FILE): model for model, record in run.models.items()
+    }
     model = measured.get(sha256_of(adapter / WEIGHTS_FILE))
     if model is None:
         whose = "other weights" if any(measured) else "no saved adapter"
         raise ConfigError(
-            f"--eval-file {path} holds the scores of {whose}; make one with moelora eval --adapter "
-            f"{adapter}."
+            f"--eval-file {run.path} holds the scores of {whose}; make one with moelora eval "
+            f"--adapter {adapter}."
         )
-    return {
-        task: {
-            "n": one["n"],
-            "metrics": one["metrics"][model],
-            "base": one["metrics"].get(content["reference"], {}),
-        }
-        for task, one in tasks.items()
-    }
+    return score_table(scoreboard({"": run}), [*([run.reference] if run.reference else []), model])
 
 
-def adapter_card(
-    config: Mapping[str, Any], manifest: Mapping[str, Any], scores: Mapping[str, Any]
-) -> str:
+def adapter_card(config: Mapping[str, Any], manifest: Mapping[str, Any], scores: str) -> str:
     """The card of a shared adapter."""
     base = public_base(config.get("base_model_name_or_path"))
     facts = {
@@ -93,9 +80,7 @@ def adapter_card(
     )
 
 
-def merged_card(
-    base: str, merge: Merge, manifest: Mapping[str, Any], scores: Mapping[str, Any]
-) -> str:
+def merged_card(base: str, merge: Merge, manifest: Mapping[str, Any], scores: str) -> str:
     """The card of a merged checkpoint."""
     if merge.strategy == "exact":
         how = (
@@ -168,23 +153,5 @@ def _facts(facts: Mapping[str, Any]) -> str:
     return "| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in facts.items())
 
 
-def _scores(scores: Mapping[str, Any], title: str = "Scores") -> str:
-    if not scores:
-        return ""
-    rows = []
-    for task, result in scores.items():
-        official = [metric for metric in result["metrics"] if metric != SCORE]
-        # The score of a task with a single metric is that metric.
-        for metric in official if len(official) == 1 else [*official, SCORE]:
-            estimate = result["metrics"][metric]
-            base = result["base"].get(metric)
-            rows.append(
-                f"| {task} | {result['n']} | {metric} | {_points(base) if base else ''} | "
-                f"{_points(estimate)} |"
-            )
-    head = "| task | rows | metric | base | adapter |\n|---|---|---|---|---|\n"
-    return f"## {title}\n\nPoints (x 100) with standard errors.\n\n{head}" + "\n".join(rows)
-
-
-def _points(estimate: Mapping[str, float]) -> str:
-    return f"{100 * estimate['value']:.2f} ± {100 * estimate['stderr']:.2f}"
+def _scores(table: str, title: str = "Scores") -> str:
+    return f"## {title}\n\n{table}" if table else ""

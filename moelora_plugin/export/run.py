@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import HfApi
@@ -16,11 +15,12 @@ from rich.table import Table
 from transformers import AutoConfig
 
 from ..analysis.names import short_name
-from ..base_model import resolve_dtype
+from ..base_model import load_config, resolve_dtype, shows_images
 from ..checkpoint import (
     CONFIG_FILE,
     MANIFEST_FILE,
     WEIGHTS_FILE,
+    check_adapter,
     load_adapter,
     read_adapter_config,
     read_manifest,
@@ -156,7 +156,7 @@ def export_adapter(
 
 
 def _write_adapter(
-    source: Path, out: Path, scores: dict[str, Any], *, base: str | None, overwrite: bool
+    source: Path, out: Path, scores: str, *, base: str | None, overwrite: bool
 ) -> None:
     verify_weights(source)
     config = read_adapter_config(source)
@@ -174,14 +174,17 @@ def _write_adapter(
 
 def _is_shared(name: str) -> bool:
     return name in {CONFIG_FILE, WEIGHTS_FILE, MANIFEST_FILE} or name.startswith(
-        ("tokenizer", "special_tokens", "vocab", "merges", "chat_template", "added_tokens")
+        (
+            *("tokenizer", "special_tokens", "vocab", "merges", "chat_template", "added_tokens"),
+            *("processor", "preprocessor"),  # a vision model's
+        )
     )
 
 
 def _write_merged(
     source: Path,
     out: Path,
-    scores: dict[str, Any],
+    scores: str,
     *,
     strategy: str,
     base: str | None,
@@ -193,6 +196,7 @@ def _write_merged(
     manifest = read_manifest(source)
     texts = []
     if strategy == "mean-gate":  # read before the base is loaded, as it may be what is missing
+        _refuse_images(check_adapter(source, base)[1])
         trained_on = manifest.get("recipe", {}).get("data", {}).get("tasks", ())
         texts = calibration_texts(tasks or trained_on, data_dir)
     # Fold in fp32 and round once at the end, into the dtype the base is published in.
@@ -214,6 +218,14 @@ def _write_merged(
         write_json(folder / EXPORT_FILE, record)
         write_text(folder / "README.md", merged_card(name, merge, manifest, scores))
     return merge
+
+
+def _refuse_images(base: str) -> None:
+    if shows_images(load_config(base)):
+        raise ExportError(
+            f"mean-gate averages the gates over text, which the layers of {base!r} that see images "
+            "never do; share the adapter itself (--to safetensors)."
+        )
 
 
 def _published_dtype(base: str, dtype: str) -> torch.dtype:

@@ -53,6 +53,8 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
     def __init__(self, shared: Shared) -> None:
         super().__init__()
         self.shared = shared
+        # Whether the tokens here are an image's (a vision tower's), not those of the text.
+        self.sees_images = False
         self.moelora_gate = nn.ModuleDict()
         self.moelora_router = nn.ModuleDict()
         self.moelora_modifiers = nn.ModuleDict()
@@ -69,6 +71,10 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         self.last_routing: dict[str, Routing] = {}
         # Each loss of the last micro-batch before its coefficient, by adapter; for the log.
         self.last_aux_losses: dict[str, dict[str, Tensor]] = {}
+
+    def view(self, call: Call) -> Call:
+        """What a call of the model says about the tokens that this layer sees."""
+        return call.unmasked if self.sees_images else call
 
     @property
     def aux_losses(self) -> AuxLosses:
@@ -185,7 +191,7 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
             product: x times `gate_matrix` (T, E), where that is there already.
         """
         call = self.shared.call.call
-        rows = self.moelora_input[adapter].rows(x, call)
+        rows = self.moelora_input[adapter].rows(x, self.view(call))
         rows.product = product
         routing: Routing = self._router(adapter)(
             rows, self._score(adapter), self._modifiers(adapter), a
@@ -209,7 +215,7 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
 
     def loss_input(self, routing: Routing, x: Tensor) -> LossInput:
         """What auxiliary losses may read of a decision about x (..., in), but for the experts."""
-        call, tokens = self.shared.call.call, len(routing.weights)
+        call, tokens = self.view(self.shared.call.call), len(routing.weights)
         real_T = call.real_among(tokens)
         given = {name: value.reshape(-1).to(x.device) for name, value in call.ids.items()}
         ids = {

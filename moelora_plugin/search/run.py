@@ -17,9 +17,8 @@ from moelora_eval_tasks.catalog import resolve
 from ..files import refuse_existing, write_json
 from ..training import Recipe
 from ..training.arguments import training_arguments
-from ..training.base import load_model, load_tokenizer
-from ..training.data import load_data
-from ..training.examples import AnswerCollator
+from ..training.base import load_model, load_processor
+from ..training.data import collator_for, load_data
 from ..training.run import adapter_config
 from .guilomo import GuiLoMoResult, search_guilomo
 
@@ -76,12 +75,12 @@ def guilomo(
     arguments = training_arguments(recipe, Path(recipe.output_dir))
     config = adapter_config(recipe)
     resolve(recipe.data.tasks)
-    tokenizer = load_tokenizer(recipe.model)
-    data = load_data(recipe.data, tokenizer, seed=recipe.seed, validation=True)
+    processor = load_processor(recipe.model)
+    data = load_data(recipe.data, processor, seed=recipe.seed, validation=True)
     assert data.validation is not None
     model = load_model(recipe.model, str(arguments.device))
     set_seed(recipe.seed)
-    collator = AnswerCollator(tokenizer.pad_token_id)
+    collator = collator_for(processor)
 
     def batches(rows: Dataset) -> DataLoader[Any]:
         order = torch.Generator().manual_seed(recipe.seed)

@@ -1,37 +1,28 @@
-"""The base model and its tokenizer, as a recipe names them."""
+"""The base model and what prepares its inputs, as a recipe names them."""
 
 from __future__ import annotations
 
-import os
+from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from ..base_model import HUB_ERRORS, load_base_model
-from ..errors import ConfigError, MissingDependencyError, first_line
+from .. import processors
+from ..base_model import load_base_model, load_config
+from ..errors import ConfigError, first_line
+from ..processors import tokenizer_of
 from .recipe import ModelSection
 
 
-def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
-    """The base's tokenizer, with a padding token.
+def load_processor(section: ModelSection) -> Any:
+    """The base's processor where it sees images, else its tokenizer, with a padding token.
 
     Raises:
         ConfigError: it cannot be loaded, or has no token to end an answer with.
         MissingDependencyError: it is not on this machine and the hub does not give it.
     """
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            section.name, revision=section.revision
-        )
-    except (*HUB_ERRORS, ValueError) as error:
-        if os.path.isdir(section.name):
-            raise ConfigError(
-                f"No tokenizer loads from {section.name!r} ({first_line(error)}); change "
-                "model.name to the folder of a causal language model."
-            ) from error
-        raise MissingDependencyError(
-            f"Base model {section.name!r} is not a folder and cannot be had from the hub; pass a "
-            "local copy with model.name=FOLDER."
-        ) from error
+    config = load_config(section.name, section.revision)
+    processor = processors.load_processor(section.name, config, revision=section.revision)
+    tokenizer = tokenizer_of(processor)
     if tokenizer.eos_token is None:
         raise ConfigError(
             f"The tokenizer of {section.name!r} has no eos_token to end an answer with; set it in "
@@ -39,7 +30,7 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # masks follow lengths, so EOS is still trained
-    return tokenizer
+    return processor
 
 
 def load_model(section: ModelSection, device: str) -> PreTrainedModel:

@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..analysis import routing_statistics
-from .examples import AnswerCollator
+from .data import Collator
 
 ROUTING_ROWS = 64  # enough tokens for a load per expert, and a few seconds on a CPU
 
@@ -22,7 +22,7 @@ class RoutingLog(TrainerCallback):
         collator: makes batches of them.
     """
 
-    def __init__(self, rows: Dataset, collator: AnswerCollator) -> None:
+    def __init__(self, rows: Dataset, collator: Collator) -> None:
         self._rows = rows
         self._collator = collator
 
@@ -49,7 +49,7 @@ class RoutingLog(TrainerCallback):
 
 
 def record_routing(
-    model: Any, rows: Dataset, collator: AnswerCollator, *, batch_size: int
+    model: Any, rows: Dataset, collator: Collator, *, batch_size: int
 ) -> dict[str, dict[str, Any]]:
     """Route a few examples without training on them.
 

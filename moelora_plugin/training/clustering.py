@@ -18,8 +18,8 @@ from ..clusters import (
 )
 from ..files import refuse_existing
 from ..lookup import lookup
-from .base import load_model, load_tokenizer
-from .data import load_data
+from .base import load_model, load_processor
+from .data import load_data, refuse_images
 from .recipe import Recipe
 
 
@@ -77,9 +77,9 @@ def cluster(
     require_scikit_learn()
     refuse_existing(out, overwrite=overwrite)
     kind = lookup("features", method, FEATURES)
-    resolve(recipe.data.tasks)
-    tokenizer = load_tokenizer(recipe.model)
-    data = load_data(recipe.data, tokenizer, seed=recipe.seed, validation=False)
+    refuse_images(resolve(recipe.data.tasks), "are not compared; cluster tasks of text alone")
+    processor = load_processor(recipe.model)
+    data = load_data(recipe.data, processor, seed=recipe.seed, validation=False)
     columns = {name: data.train[name] for name in ("input_ids", "labels")}
     features = kind(load_model(recipe.model, default_device()), recipe.seed)
     found = fit_clusters(read_prompts(columns), features, num_clusters, batch_size=batch_size)

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from datasets import Dataset, concatenate_datasets, interleave_datasets
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
 
 from moelora_eval_tasks.catalog import Task, resolve
 from moelora_eval_tasks.loading import load_split
 from moelora_eval_tasks.prompts import render
 
 from ..clusters import ClusterAssigner, add_cluster_ids
-from .examples import build_example
+from ..errors import ConfigError, DataError
+from ..processors import tokenizer_of
+from .examples import AnswerCollator, build_example
 from .recipe import DataSection
+from .vision import Build, VisionCollator, vision_examples
+
+Collator = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,8 @@ class TrainingData:
 
     Attributes:
         train: columns `input_ids`, `labels` and `task_id`, in the order of the mixture. A task's id
-            is its place among the recipe's tasks, groups being resolved.
+            is its place among the recipe's tasks, groups being resolved. With a vision model also
+            `image` and `length`.
         validation: likewise, or None where the run does not evaluate.
         sources: one entry per task and split.
     """
@@ -71,23 +77,24 @@ class TrainingData:
         return [asdict(source) for source in self.sources]
 
 
-def load_data(
-    section: DataSection, tokenizer: PreTrainedTokenizerBase, *, seed: int, validation: bool
-) -> TrainingData:
+def load_data(section: DataSection, processor: Any, *, seed: int, validation: bool) -> TrainingData:
     """Load a recipe's tasks.
 
     Args:
         section: the recipe's `data`.
-        tokenizer: the base model's.
+        processor: the base model's tokenizer or, of a vision model, its processor.
         seed: chooses the rows where there is a limit, and orders the mixture.
         validation: whether to make the validation examples too.
 
     Raises:
-        ConfigError: a task is unknown.
-        DataError: rows are missing or malformed, or an answer is longer than `data.max_length`.
+        ConfigError: a task is unknown, or shows images to a model that sees none.
+        DataError: rows are missing or malformed, or an answer or an example with an image is longer
+            than `data.max_length`.
     """
     tasks = resolve(section.tasks)
-    load = functools.partial(_load_examples, section=section, tokenizer=tokenizer, seed=seed)
+    if tokenizer_of(processor) is processor:
+        refuse_images(tasks, "the base cannot be shown; choose a vision model with model.name")
+    load = functools.partial(_load_examples, section=section, processor=processor, seed=seed)
     train = [load(task, index, "train", section.limit) for index, task in enumerate(tasks)]
     held_out = [
         load(task, index, _validation_split(task), section.validation_limit)
@@ -107,14 +114,15 @@ def _load_examples(
     limit: int | None,
     *,
     section: DataSection,
-    tokenizer: PreTrainedTokenizerBase,
+    processor: Any,
     seed: int,
 ) -> tuple[Dataset, TaskRows]:
     """The examples of one split, and what it took to make them."""
     rows = load_split(task, split, data_dir=section.data_dir, limit=limit, seed=seed)
+    build = _builder(processor, section.max_length)
     examples = rows.map(
         lambda row: {
-            **build_example(tokenizer, render(task, row), section.max_length),
+            **build(render(task, row), row[task.image] if task.shows_images else None),
             "task_id": task_id,
         },
         remove_columns=rows.column_names,
@@ -123,6 +131,8 @@ def _load_examples(
         keep_in_memory=True,
         desc=f"Tokenising {task.name} ({split})",
     )
+    if "length" in examples.column_names:
+        _refuse_long(examples, f"{task.name} ({split})", section.max_length)
     source = TaskRows(
         task=task.name,
         split=split,
@@ -133,9 +143,54 @@ def _load_examples(
     return examples.remove_columns("cut"), source
 
 
+def collator_for(processor: Any) -> Collator:
+    """What makes batches of the examples that `load_data` gives with the same processor."""
+    tokenizer = tokenizer_of(processor)
+    if tokenizer is processor:
+        return AnswerCollator(tokenizer.pad_token_id)
+    return VisionCollator(processor)
+
+
+def refuse_images(tasks: Iterable[Task], trouble: str) -> None:
+    """Refuse tasks with images where only text is read.
+
+    Args:
+        tasks: what the recipe trains on.
+        trouble: the end of the sentence: what cannot be done with them, and what to change.
+
+    Raises:
+        ConfigError: a task shows images.
+    """
+    if shown := [task.name for task in tasks if task.shows_images]:
+        raise ConfigError(f"data.tasks has {', '.join(shown)}, whose images {trouble}.")
+
+
+def _builder(processor: Any, max_length: int) -> Build:
+    """What makes an example of a rendered row and its image."""
+    if tokenizer_of(processor) is not processor:
+        return vision_examples(processor, max_length)
+    return lambda prompt, image: build_example(processor, prompt, max_length)
+
+
+def _refuse_long(examples: Dataset, source: str, max_length: int) -> None:
+    """Examples with an image cannot be cut; say at once how long the longest is."""
+    lengths = examples["length"][:]
+    longest = max(lengths)
+    if longest > max_length:
+        raise DataError(
+            f"Row {lengths.index(longest)} of {source} has {longest} tokens with those of its "
+            f"image, which are never cut, and data.max_length is {max_length}; raise "
+            f"data.max_length to {longest}."
+        )
+
+
 def _validation_split(task: Task) -> str:
-    """The labelled split to watch while training; never the test split that evaluation scores."""
-    return task.eval_split if task.eval_split.startswith("validation") else "validation"
+    """The labelled split to watch while training.
+
+    Never the test split that evaluation scores. Where it scores another one, that is the only one
+    left with labels: GLUE's validation, or the last hundred rows of VMCBench.
+    """
+    return "validation" if task.eval_split == "test" else task.eval_split
 
 
 def _weights(tasks: Mapping[str, float] | Sequence[str], resolved: Sequence[Task]) -> list[float]:

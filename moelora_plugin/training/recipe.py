@@ -86,7 +86,8 @@ class DataSection:
             sampled in proportion to the weights (a group's weight is shared evenly by its tasks)
             until every row of every task has been drawn once.
         data_dir: folder of local parquet files, one folder per task; None loads from the hub.
-        max_length: tokens in an example; longer prompts lose the beginning of their context.
+        max_length: tokens in an example, those of its image with them; longer prompts lose the
+            beginning of their context, and are refused where they show an image.
         limit: training rows per task, chosen with the recipe's seed; None takes all.
         validation_limit: validation rows per task, likewise.
         clusters: folder that `moelora cluster` has made with this base, for adapters that route by

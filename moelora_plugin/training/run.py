@@ -14,7 +14,6 @@ import yaml
 from peft import PeftModel, get_peft_model
 from transformers import (
     EarlyStoppingCallback,
-    PreTrainedTokenizerBase,
     TrainerCallback,
     TrainingArguments,
     set_seed,
@@ -29,10 +28,9 @@ from ..errors import ConfigError
 from ..files import refuse_existing, write_json, write_text
 from ..routers.scores.embedding import DEFAULT_NUM_IDS
 from .arguments import training_arguments
-from .base import load_model, load_tokenizer
+from .base import load_model, load_processor
 from .callbacks import RoutingLog, record_routing
-from .data import TrainingData, load_data
-from .examples import AnswerCollator
+from .data import Collator, TrainingData, collator_for, load_data, refuse_images
 from .recipe import Recipe
 from .result import RunFolder, TrainResult
 from .schema import require
@@ -71,16 +69,19 @@ def train(
         refuse_existing(folder.path, overwrite=overwrite, key="output_dir")
     arguments = training_arguments(recipe, folder.checkpoints)
     config = adapter_config(recipe)
-    _check_ids(config, "task", len(resolve(recipe.data.tasks)), "data.tasks")
+    tasks = resolve(recipe.data.tasks)
+    _check_ids(config, "task", len(tasks), "data.tasks")
     if config.router_input == "cluster" and recipe.data.clusters is None:
         raise ConfigError(
             "adapter.router_input is 'cluster', so data.clusters must name a folder that "
             "`moelora cluster` has made."
         )
+    if recipe.data.clusters is not None:
+        refuse_images(tasks, "no cluster knows; remove data.clusters")
 
-    tokenizer = load_tokenizer(recipe.model)
+    processor = load_processor(recipe.model)
     evaluates = arguments.eval_strategy != "no"
-    data = load_data(recipe.data, tokenizer, seed=recipe.seed, validation=evaluates)
+    data = load_data(recipe.data, processor, seed=recipe.seed, validation=evaluates)
     if data.cut_rows:
         logger.warning(
             "%d prompts were longer than data.max_length=%d and lost their beginning.",
@@ -95,12 +96,12 @@ def train(
     set_seed(recipe.seed)  # the adapter's initialisation must not depend on what came before
     model = get_peft_model(base, config)
     trainable_parameters, _ = model.get_nb_trainable_parameters()
-    collator = AnswerCollator(tokenizer.pad_token_id)
+    collator = collator_for(processor)
 
     try:
         if checkpoint is None and arguments.should_save:
             shutil.rmtree(folder.checkpoints, ignore_errors=True)  # there are some if we overwrite
-        trainer = _trainer(recipe, model, tokenizer, data, collator, arguments, callbacks)
+        trainer = _trainer(recipe, model, processor, data, collator, arguments, callbacks)
         outcome = trainer.train(resume_from_checkpoint=checkpoint)
         if not math.isfinite(outcome.training_loss):
             raise FloatingPointError(f"The loss became {outcome.training_loss}.")
@@ -137,8 +138,8 @@ def train(
         save_adapter(
             model,
             folder.adapter,
-            tokenizer=tokenizer,
-            manifest=_manifest(recipe, data, result, routing),
+            tokenizer=processor,
+            manifest=_manifest(recipe, data, processor, result, routing),
             overwrite=overwrite or checkpoint is not None,
         )
     return result
@@ -167,9 +168,9 @@ def _check_ids(config: MoeLoraConfig, router_input: str, number: int, source: st
 def _trainer(
     recipe: Recipe,
     model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
+    processor: Any,
     data: TrainingData,
-    collator: AnswerCollator,
+    collator: Collator,
     arguments: TrainingArguments,
     callbacks: Sequence[TrainerCallback],
 ) -> MoeLoraTrainer:
@@ -187,21 +188,27 @@ def _trainer(
         train_dataset=data.train,
         eval_dataset=data.validation,
         data_collator=collator,
-        processing_class=tokenizer,
+        processing_class=processor,
         callbacks=[*own, *callbacks],
     )
 
 
 def _manifest(
-    recipe: Recipe, data: TrainingData, result: TrainResult, routing: dict[str, Any]
+    recipe: Recipe,
+    data: TrainingData,
+    processor: Any,
+    result: TrainResult,
+    routing: dict[str, Any],
 ) -> dict[str, Any]:
     """How the adapter came about, for whoever gets it."""
     settings = recipe.to_dict()
     # Where things lay on this machine is no part of the method, and the adapter will be shared.
     del settings["output_dir"], settings["data"]["data_dir"], settings["data"]["clusters"]
+    images = getattr(processor, "image_processor", None)
     return {
         "recipe": settings,
         "data": data.to_dict(),
+        "image_processor": None if images is None else images.to_dict(),
         "steps": result.steps,
         "train_loss": result.train_loss,
         "eval_loss": result.eval_loss,

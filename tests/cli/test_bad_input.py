@@ -10,6 +10,7 @@ from typing import Any
 
 import datasets
 import huggingface_hub
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from peft import get_peft_model
@@ -17,6 +18,7 @@ from task_rows import ROWS, write_data, write_split
 from tiny import tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
+from vision_rows import picture
 
 from moelora_cli.main import app
 from moelora_plugin import MoeLoraConfig
@@ -60,6 +62,7 @@ def work(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     (folder / "occupied" / "notes.txt").write_text("mine")
     monkeypatch.chdir(folder)
     monkeypatch.delenv("MOELORA_DATA_DIR", raising=False)
+    monkeypatch.setenv("MOELORA_CACHE", str(tmp_path / "answers"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -106,6 +109,9 @@ MEAN_GATE = EXPORT + "--to merged --strategy mean-gate "
         (TRAIN + "adapter.r=-4", ("r=-4", "at least 1")),
         (TRAIN + "adapter.top_k=0", ("top_k=0", "at least 1")),
         (EVAL + "--limit 0", ("limit is 0", "--limit")),
+        (EVAL + "--batch-size 0", ("batch_size is 0", "--batch-size")),
+        (EVAL + "--batch-size -4", ("batch_size is '-4'", "'auto'", "--batch-size")),
+        (EVAL + "--batch-size atuo", ("batch_size is 'atuo'", "'auto'", "--batch-size")),
         ("demo --out new --steps 0", ("steps is 0", "--steps")),
         # Unknown names, with the nearest
         (TRAIN + "adapter.router=topkk", ("router 'topkk'", "'topk'")),
@@ -122,6 +128,16 @@ MEAN_GATE = EXPORT + "--to merged --strategy mean-gate "
         (EXPORT + "--to mergd", ("--to mergd", "safetensors, merged")),
         (EXPORT + "--to merged --strategy mean", ("--strategy mean", "exact, mean-gate")),
         (EVAL + "--dtype float8", ("float8", "bfloat16")),
+        (EVAL + "--device gpu", ("device 'gpu'", "--device")),
+        (EVAL + "--device cuda:99", ("device 'cuda:99'", "--device")),
+        # Nothing to evaluate, or the same twice
+        ("eval --tasks sst2 --data-dir rows", ("--adapter", "--base")),
+        ("eval --adapter adapter --tasks , --data-dir rows", ("No task", "moelora tasks")),
+        (EVAL + "--adapter adapter", ("given twice", "--adapter")),
+        (
+            "eval --base base --compare-base --tasks sst2 --data-dir rows",
+            ("--compare-base", "--adapter"),
+        ),
         # Target modules that match nothing
         (
             TRAIN + "adapter.target_modules=[query,key]",
@@ -142,6 +158,9 @@ MEAN_GATE = EXPORT + "--to merged --strategy mean-gate "
             "eval --adapter adapter --tasks sst2 --data-dir rows --output occupied/notes.txt",
             ("notes.txt", "--output", "--overwrite"),
         ),
+        # Output that cannot be written
+        (EVAL + "--output recipe.yaml/scores.json", ("recipe.yaml", "--output")),
+        ("export adapter --out recipe.yaml/shared", ("recipe.yaml", "--out")),
         # Neither here nor on a hub that cannot be reached
         (TRAIN + "model.name=org/model", ("'org/model'", "model.name")),
         ("eval --base org/model --tasks sst2 --data-dir rows", ("'org/model'", "--base")),
@@ -154,6 +173,11 @@ MEAN_GATE = EXPORT + "--to merged --strategy mean-gate "
         ("train nowhere.yaml", ("nowhere.yaml",)),
         (TRAIN + "--data-dir nowhere", ("nowhere", "--data-dir")),
         (TRAIN + "data.tasks=[cola]", ("glue_cola", "train.parquet", "--data-dir")),
+        ("eval --adapter adapter --tasks sst2 --data-dir nowhere", ("nowhere", "--data-dir")),
+        ("eval --adapter adapter --tasks cola --data-dir rows", ("glue_cola", "--data-dir")),
+        ("eval --adapter rows --tasks sst2 --data-dir rows", ("rows", "adapter_config.json")),
+        ("compare nowhere.json", ("nowhere.json", "moelora eval")),
+        ("report nowhere.json", ("nowhere.json", "moelora eval")),
         ("inspect rows", ("adapter_config.json",)),
         (TRAIN + "--resume last", ("--resume",)),
     ],
@@ -164,9 +188,33 @@ def test_a_command_that_cannot_be_carried_out(
     refused(work, command, *said)
 
 
+@pytest.mark.parametrize("command", ["compare", "report"])
+@pytest.mark.parametrize("content", ["{not JSON", "[]", "{}", '{"format_version": 1}'])
+def test_a_file_that_holds_no_evaluation(work: Path, command: str, content: str) -> None:
+    (work / "scores.json").write_text(content)
+    refused(work, f"{command} scores.json", "scores.json", "moelora eval")
+
+
 @pytest.mark.parametrize("command", [EVAL, EXPORT + "--to merged "])
 def test_another_base(work: Path, template: Path, command: str) -> None:
     refused(work, command + f"--base {template / 'other'}", "--base", "are not those of the base")
+
+
+def test_adapters_for_two_bases(work: Path, template: Path) -> None:
+    shutil.copytree(work / "adapter", work / "second")
+    config = json.loads((work / "second" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(template / "other")
+    (work / "second" / "adapter_config.json").write_text(json.dumps(config))
+    refused(work, EVAL + "--adapter second", "adapter was trained on", "second on", "--base")
+
+
+def test_an_adapter_without_a_base(work: Path) -> None:
+    config = json.loads((work / "adapter" / "adapter_config.json").read_text())
+    del config["base_model_name_or_path"]
+    (work / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    refused(work, EVAL, "names no base", "--base")
+    (work / "adapter" / "adapter_config.json").write_text("{not JSON")
+    refused(work, EVAL, "adapter_config.json", "not valid JSON")
 
 
 def test_a_base_of_another_shape(work: Path) -> None:
@@ -215,8 +263,37 @@ def test_rows_that_are_not_what_the_task_needs(work: Path, command: str) -> None
     write([{**row, "label": 7} for row in ROWS["sst2"]])
     refused(work, command, "7", "sst2")
     for split in ("train", "validation"):
+        path = work / "rows" / "glue_sst2" / f"{split}.parquet"
+        pq.write_table(pq.read_table(path).slice(0, 0), path)
+    refused(work, command, "has no rows", "sst2")
+    for split in ("train", "validation"):
         (work / "rows" / "glue_sst2" / f"{split}.parquet").write_text("no parquet")
     refused(work, command, "is not a parquet file")
+
+
+IMAGES = "eval --adapter adapter --tasks scienceqa_image --data-dir rows --output scores.json"
+
+
+@pytest.mark.parametrize(
+    ("image", "said"),
+    [
+        ({"bytes": b"not a picture", "path": "map.png"}, "map.png, is no image"),
+        ({"bytes": picture()[:60], "path": "map.png"}, "map.png, cannot be decoded"),
+        ({"bytes": None, "path": "gone.png"}, "gone.png, does not exist"),
+    ],
+)
+def test_images_that_cannot_be_shown(work: Path, image: dict[str, Any], said: str) -> None:
+    rows = ROWS["scienceqa_image"]
+    last = {**rows[-1], "image": image}  # the third with an image
+    write_split(work / "rows", "scienceqa_image", "test", [*rows[:-1], last])
+    refused(work, IMAGES, "The image of row 2 of scienceqa_image, split 'test'", said)
+    write_split(work / "rows", "scienceqa_image", "test", [{**row, "image": None} for row in rows])
+    refused(work, IMAGES, "scienceqa_image", "no rows with an image", "--data-dir")
+
+
+def test_images_for_a_model_of_text(work: Path) -> None:
+    write_split(work / "rows", "scienceqa_image", "test", ROWS["scienceqa_image"])
+    refused(work, IMAGES, "scienceqa_image", "a llama model cannot be shown", "--tasks")
 
 
 def test_the_demo_without_hub_and_wheel(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,6 +57,7 @@ def test_eval(boundary: Any) -> None:
     arguments = ["--adapter", "a", "--tasks", "glue, siqa", "--base", "b", "--limit", "5"]
     arguments += ["--batch-size", "2", "--compare-base", "--output", "e.json", "--overwrite"]
     arguments += ["--dtype", "float32", "--device", "cpu", "--seed", "7", "--allow-base-mismatch"]
+    arguments += ["--guess", "--no-cache"]
     result = runner.invoke(app, ["eval", *arguments], env={"MOELORA_DATA_DIR": "rows"})
     assert result.exit_code == 0, result.output
     request.assert_called_once_with(
@@ -69,10 +70,12 @@ def test_eval(boundary: Any) -> None:
         compare_base=True,
         dtype="float32",
         device="cpu",
+        guess=True,
         seed=7,
         output=Path("e.json"),
         overwrite=True,
         allow_base_mismatch=True,
+        cache=False,
     )
     evaluate.assert_called_once_with(request.return_value)
     assert "THE TABLE" in result.output

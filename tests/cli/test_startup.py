@@ -9,7 +9,7 @@ import pytest
 
 COMMANDS = (
     *("train", "eval", "export", "demo", "init", "tasks", "presets", "inspect", "cluster"),
-    *("path", "doctor", "launch", "plan"),
+    *("path", "doctor", "launch", "plan", "compare", "data", "report"),
 )
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "lm_eval", "numpy", "matplotlib")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 
 import pytest
 from tiny import tiny_llama, tiny_tokenizer
 
-from moelora_eval_tasks.catalog import GROUPS, TASKS
+from moelora_eval_tasks.catalog import GROUPS, TASKS, Task
 from moelora_eval_tasks.loading import load_split
 from moelora_eval_tasks.prompts import render
 from moelora_plugin.errors import DataError
@@ -27,6 +28,8 @@ BALANCE = {
     "cola": [322, 721],
     "sst2": [428, 444],
     "mrpc": [129, 279],
+    "mrpc_paper": [578, 1147],
+    "stsb_paper": [389, 258, 310, 335, 208],
     "mnli": [3479, 3123, 3213],
     "qnli": [2702, 2761],
     "rte": [146, 131],
@@ -42,27 +45,43 @@ def data_dir() -> str:
     return folder
 
 
-@pytest.mark.parametrize("name", GROUPS["text"])
-def test_every_evaluation_row_renders(name: str, data_dir: str) -> None:
-    task = TASKS[name]
+TEXT = [task for task in TASKS.values() if task.benchmark in GROUPS["text"]]
+WITHOUT_MISMATCHED = [task for task in TEXT if task.name != "mnli_paper"]
+
+
+@pytest.mark.parametrize("task", WITHOUT_MISMATCHED, ids=lambda task: task.name)
+def test_every_evaluation_row_renders(task: Task, data_dir: str) -> None:
     rows = load_split(task, task.eval_split, data_dir)
     prompts = [render(task, row) for row in rows]
-    if name in PARTIAL:
+    if task.benchmark in PARTIAL:
         assert 0 < len(rows) <= task.eval_rows
     else:
         assert len(rows) == task.eval_rows
-    assert all(prompt.context.endswith(f"### Response:\n{task.stem}") for prompt in prompts)
+    ending = "Answer:\n|Response:\n" if task.generates else f"### Response:\n{task.stem}"
+    assert all(re.search(f"(?:{ending})$", prompt.context) for prompt in prompts)
     counts = Counter(prompt.gold for prompt in prompts)
-    if name in BALANCE:
-        assert [counts[answer] for answer in sorted(counts)] == BALANCE[name]
+    if balance := BALANCE.get(task.name, BALANCE.get(task.benchmark)):
+        assert [counts[answer] for answer in sorted(counts)] == balance
     assert max(counts.values()) < 0.8 * len(rows)
 
 
-@pytest.mark.parametrize("name", GROUPS["text"])
-def test_every_training_row_renders(name: str, data_dir: str) -> None:
-    task = TASKS[name]
+@pytest.mark.parametrize("task", TEXT, ids=lambda task: task.name)
+def test_every_training_row_renders(task: Task, data_dir: str) -> None:
     rows = load_split(task, "train", data_dir)
     assert {render(task, row).gold for row in rows} >= set(range(len(task.answers)))
+
+
+def test_the_paper_scores_every_fortieth_pair(data_dir: str) -> None:
+    every, scored = (
+        load_split(TASKS[name], "validation", data_dir)["question1"]
+        for name in ("qqp_gen", "qqp_paper")
+    )
+    assert list(scored) == list(every)[::40]
+
+
+def test_the_papers_mnli_needs_both_halves(data_dir: str) -> None:
+    with pytest.raises(DataError, match=r"validation_mismatched\.parquet does not exist"):
+        load_split(TASKS["mnli_paper"], TASKS["mnli_paper"].eval_split, data_dir)
 
 
 def test_hidden_labels_are_refused(data_dir: str) -> None:
@@ -73,4 +92,14 @@ def test_hidden_labels_are_refused(data_dir: str) -> None:
 def test_all_tasks_are_scored(data_dir: str) -> None:
     report = evaluate_model(tiny_llama(), tiny_tokenizer(), ["text"], data_dir=data_dir, limit=20)
     assert [measured.n for measured in report.tasks.values()] == [20] * 13
-    assert abs(report.groups["text"].metrics["score"].value) < 0.6  # a random model knows nothing
+    assert abs(report.groups["text"].metrics["model"]["score"].value) < 0.6  # it knows nothing
+
+
+def test_all_tasks_are_answered_in_writing(data_dir: str) -> None:
+    report = evaluate_model(
+        tiny_llama(), tiny_tokenizer(), ["text_gen"], data_dir=data_dir, limit=5
+    )
+    assert [measured.n for measured in report.tasks.values()] == [5] * 13
+    for measured in report.tasks.values():  # a random model writes no sentence
+        assert measured.metrics["model"]["parsed"].value == 0
+        assert measured.metrics["model"]["score"].value == 0

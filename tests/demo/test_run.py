@@ -23,6 +23,7 @@ FILES = [
     "expert_load.png",
     "loss.png",
     "moelora_eval.json",
+    "moelora_eval_documents.parquet",
     "run/adapter/adapter_model.safetensors",
     "run/log_history.json",
     "run/recipe.yaml",

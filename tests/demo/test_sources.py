@@ -16,8 +16,8 @@ from moelora_plugin.errors import MissingDependencyError
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "moelora"
+    monkeypatch.setenv("MOELORA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
 def without(monkeypatch: pytest.MonkeyPatch, *missing: str) -> None:

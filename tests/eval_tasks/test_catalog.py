@@ -9,13 +9,23 @@ import pytest
 
 from moelora_eval_tasks.catalog import GROUPS, TASKS, canonical, resolve
 from moelora_eval_tasks.metrics import METRICS
+from moelora_eval_tasks.parsing import PARSERS
 from moelora_plugin.errors import ConfigError
 
 
 def test_the_groups_are_glue_the_questions_and_both() -> None:
     assert len(GROUPS["glue"]) == 9
     assert GROUPS["text"] == GROUPS["qa"] + GROUPS["glue"]
-    assert set(TASKS) - set(GROUPS["text"]) == {"mnli_mismatched"}
+    assert "mnli_mismatched" not in GROUPS["text"]
+
+
+@pytest.mark.parametrize("family", ["qa", "glue", "text"])
+def test_a_group_goes_with_each_protocol(family: str) -> None:
+    paper = "paper" if family == "text" else f"{family}_paper"
+    assert GROUPS[f"{family}_gen"] == tuple(f"{name}_gen" for name in GROUPS[family])
+    assert GROUPS[paper] == tuple(f"{name}_paper" for name in GROUPS[family])
+    for group in (family, f"{family}_gen", paper):
+        assert all(not TASKS[name].shows_images for name in GROUPS[group])
 
 
 @pytest.mark.parametrize(
@@ -32,6 +42,10 @@ def test_the_groups_are_glue_the_questions_and_both() -> None:
         ("ScienceQA", "scienceqa"),
         ("mnli-mm", "mnli_mismatched"),
         ("glue_mnli", "mnli"),
+        ("SST-2_gen", "sst2_gen"),
+        ("social_iqa_paper", "siqa_paper"),
+        ("glue_mnli_gen", "mnli_gen"),
+        ("moelora_paper", "paper"),
         ("GLUE", "glue"),
         ("all", "text"),
     ],
@@ -54,7 +68,7 @@ def test_an_unknown_task_is_answered_with_the_nearest() -> None:
 
 
 def test_no_task_is_answered_with_all() -> None:
-    with pytest.raises(ConfigError, match=r"No task is given; choose from .*sst2.*glue"):
+    with pytest.raises(ConfigError, match=r"No task is given; .*`moelora tasks`"):
         resolve([])
 
 
@@ -63,6 +77,10 @@ def test_every_entry_is_complete(task) -> None:
     assert len(task.answers) in (0, len(task.labels))
     assert bool(task.answers) != bool(task.options)
     assert set(task.metrics) <= set(METRICS)
+    assert task.parser in PARSERS
+    assert ("parsed" in task.metrics) == task.generates
+    assert not (task.generates and task.rating == "mean")  # a real number is never written
+    assert all(TASKS[part].protocol == "loglikelihood" for part in task.parts)
     assert task.revision == "main" or len(task.revision) == 40  # the hub wants full hashes
 
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from task_rows import write_data
-from tiny import tiny_llama
+from tiny import tiny_llama, tiny_tokenizer
 
 from moelora_plugin import MoeLoraConfig
+from moelora_plugin.checkpoint import save_adapter
 from moelora_plugin.model import moelora_layers
 
 
@@ -39,3 +40,17 @@ def adapter(zero_adapter: PeftModel) -> PeftModel:
 @pytest.fixture
 def output(tmp_path: Path) -> Path:
     return tmp_path / "moelora_eval.json"
+
+
+@pytest.fixture
+def base_folder(tmp_path: Path) -> str:
+    folder = tmp_path / "base"
+    tiny_llama().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def adapter_folder(adapter: PeftModel, base_folder: str, tmp_path: Path) -> str:
+    adapter.peft_config["default"].base_model_name_or_path = base_folder
+    return str(save_adapter(adapter, tmp_path / "adapter"))

@@ -25,6 +25,10 @@ def test_a_model_without_an_adapter_passes() -> None:
     require_applied(tiny_llama(), IDS)
 
 
+def test_layers_in_a_bare_model_pass(adapter: PeftModel) -> None:
+    require_applied(adapter.get_base_model(), IDS)
+
+
 def test_an_adapter_that_is_switched_off_is_refused(adapter: PeftModel) -> None:
     adapter.base_model.disable_adapter_layers()
     with pytest.raises(

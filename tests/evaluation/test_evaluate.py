@@ -9,23 +9,8 @@ import pytest
 from peft import PeftModel
 from tiny import tiny_llama, tiny_tokenizer
 
-from moelora_plugin.checkpoint import save_adapter
 from moelora_plugin.errors import AdapterError, ConfigError, DataError
 from moelora_plugin.evaluation import EvaluationRequest, evaluate, evaluate_model, runner
-
-
-@pytest.fixture
-def base_folder(tmp_path: Path) -> str:
-    folder = tmp_path / "base"
-    tiny_llama().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture
-def adapter_folder(adapter: PeftModel, base_folder: str, tmp_path: Path) -> str:
-    adapter.peft_config["default"].base_model_name_or_path = base_folder
-    return str(save_adapter(adapter, tmp_path / "adapter"))
 
 
 def test_an_adapter_from_disk_scores_as_the_one_in_memory(

@@ -66,7 +66,9 @@ def test_the_batch_size_changes_nothing(adapter: PeftModel, data_dir: str) -> No
         # A rating is a real number: padding changes it by rounding (fp32), the others not at all.
         tolerance = 1e-5 if TASKS[name].rating else 0
         np.testing.assert_allclose(
-            one.predictions["model"][name].pred, eight.predictions["model"][name].pred, atol=tolerance
+            one.predictions["model"][name].pred,
+            eight.predictions["model"][name].pred,
+            atol=tolerance,
         )
         if not TASKS[name].rating:
             assert one.tasks[name] == eight.tasks[name]
@@ -153,8 +155,13 @@ def test_the_file_holds_what_repeats_the_run(
     rte = content["predictions"]["rte"]
     for rows in (rte["label"], rte["models"]["model"], rte["models"]["base"]):
         assert len(rows) == content["tasks"]["rte"]["n"]
-    assert set(content["groups"]["qa"]["differences"]["model"]) >= {"value", "low", "high", "confidence"}
-    assert [path.name for path in output.parent.iterdir()] == [output.name]
+    assert set(content["groups"]["qa"]["differences"]["model"]) >= {
+        "value",
+        "low",
+        "high",
+        "confidence",
+    }
+    assert content["batch_sizes"]["model"]["rte"] > 1
 
 
 def test_lm_eval_is_quiet_where_there_is_no_repository(

@@ -17,7 +17,8 @@ from moelora_plugin.evaluation import EvaluationRequest
         ({"base": None}, "No model is given to evaluate; pass --adapter"),
         ({"compare_base": True}, "--compare-base compares an adapter with its base"),
         ({"limit": 0}, "limit is 0, expected at least 1; change --limit"),
-        ({"batch_size": 0}, "batch_size is 0, expected at least 1; change --batch-size"),
+        ({"batch_size": 0}, "batch_size is 0, expected a whole number of at least 1, or 'auto'"),
+        ({"batch_size": "all"}, "batch_size is 'all', expected a whole .*; change --batch-size"),
     ],
 )
 def test_values_that_do_not_go_together_are_refused(change: dict[str, Any], said: str) -> None:

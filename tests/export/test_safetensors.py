@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 from unittest.mock import Mock, call
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
+from scored_runs import scored
 from tiny import tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -42,27 +42,16 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def eval_file(path: Path, folder: Path, **changes: Any) -> Path:
-    """A moelora_eval.json of the adapter in `folder`, as far as a card reads it."""
-    estimate = {"value": 0.875, "stderr": 0.0125}
-    worse = {"value": 0.5, "stderr": 0.03}
-    sst2 = {
-        "n": 200,
-        "metrics": {
-            "base": {"acc": worse, "score": worse},
-            "a": {"acc": estimate, "score": estimate},
-        },
+def eval_file(path: Path, weights_sha256: str | None) -> Path:
+    """A moelora_eval.json of an adapter with such weights, beside its base."""
+    right = {
+        "sst2": {"base": [True, False] * 100, "a": [True] * 190 + [False] * 10},
+        "mrpc": {"base": [True, False] * 20, "a": [True] * 40},
     }
-    mrpc = {"n": 408, "metrics": {"a": {"acc": worse, "f1": estimate, "score": estimate}}}
-    digests = {"adapter_model.safetensors": sha256_of(folder / "adapter_model.safetensors")}
-    content = {
-        "format_version": 2,
-        "models": {"base": {}, "a": {"sha256": digests}},
-        "reference": "base",
-        "tasks": {"sst2": sst2, "mrpc": mrpc},
-        **changes,
-    }
-    path.write_text(json.dumps(content))
+    report = scored(right, experts=("a",))
+    if weights_sha256 is not None:
+        report.models["a"] = {"sha256": {"adapter_model.safetensors": weights_sha256}}
+    report.write(path)
     return path
 
 
@@ -104,7 +93,8 @@ def test_what_training_left_beside_the_adapter_stays_behind(
 
 def test_the_card(base: Path, save: SaveAdapter, tmp_path: Path) -> None:
     adapter = save()
-    scores = eval_file(tmp_path / "moelora_eval.json", adapter)
+    digest = sha256_of(adapter / "adapter_model.safetensors")
+    scores = eval_file(tmp_path / "moelora_eval.json", digest)
     export_adapter(adapter, tmp_path / "shared", eval_file=scores)
     text = (tmp_path / "shared" / "README.md").read_text()
     assert str(tmp_path) not in text
@@ -121,13 +111,17 @@ def test_the_card(base: Path, save: SaveAdapter, tmp_path: Path) -> None:
         "| Optimizer | gradamw, lr 0.0001, gate lr 3e-08 |",
         "| Steps | 60 |",
         "| Trainable parameters | 12,345 |",
-        # The score of a task with a single metric would only repeat it.
-        "| sst2 | 200 | acc | 50.00 ± 3.00 | 87.50 ± 1.25 |\n"
-        "| mrpc | 408 | acc |  | 50.00 ± 3.00 |",
-        "| mrpc | 408 | f1 |  | 87.50 ± 1.25 |\n| mrpc | 408 | score |  | 87.50 ± 1.25 |",
+        "| task | rows | metric | protocol | base | a | a - base [95 %] |",
     ):
         assert f"\n{line}\n" in text
     assert "AutoPeftModelForCausalLM.from_pretrained" in text
+    lines = [line for line in text.splitlines() if line.startswith(("| sst2", "| mrpc"))]
+    # The score of a task with a single metric would only repeat it.
+    assert [line.split(" | ")[2] for line in lines] == ["acc", "acc", "f1", "score"]
+    assert lines[0].startswith("| sst2 | 200 | acc | loglikelihood | 50.00 ± ")
+    assert " | 95.00 ± 1." in lines[0]
+    assert "| +45.00 [+" in lines[0]
+    assert "measured with moelora" in text
 
 
 def test_the_card_links_a_base_on_the_hub(save: SaveAdapter, tmp_path: Path) -> None:
@@ -155,28 +149,33 @@ def test_an_adapter_without_a_manifest_has_a_card_too(base: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (
-            {"models": {"a": {"sha256": {"adapter_model.safetensors": "0" * 64}}}},
-            "of other weights",
-        ),
-        ({"models": {"a": {}}}, "of no saved adapter"),
-        ({"tasks": 3}, "is not a moelora_eval.json"),
-        (None, "is not a moelora_eval.json"),
-        (b"\xff\x00", "is not a moelora_eval.json"),
-    ],
+    ("digest", "said"), [("0" * 64, "of other weights"), (None, "of no saved adapter")]
 )
 def test_scores_of_something_else_are_refused(
-    save: SaveAdapter, tmp_path: Path, content: dict[str, Any] | bytes | None, said: str
+    save: SaveAdapter, tmp_path: Path, digest: str | None, said: str
 ) -> None:
-    adapter, path = save(), tmp_path / "scores.json"
-    if isinstance(content, dict):
-        eval_file(path, adapter, **content)
-    elif content is not None:
+    path = eval_file(tmp_path / "scores.json", digest)
+    with pytest.raises(ConfigError, match=f"^--eval-file .*scores.json .*{said}; make one with"):
+        export_adapter(save(), tmp_path / "shared", eval_file=path)
+    assert not (tmp_path / "shared").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "does not exist"),
+        (b"\xff\x00", "is not a file that `moelora eval` has written"),
+        (b'{"format_version": 1}', "has format version 1"),
+    ],
+)
+def test_files_that_hold_no_scores_are_refused(
+    save: SaveAdapter, tmp_path: Path, content: bytes | None, said: str
+) -> None:
+    path = tmp_path / "scores.json"
+    if content is not None:
         path.write_bytes(content)
-    with pytest.raises(ConfigError, match=f"--eval-file .*scores.json .*{said}"):
-        export_adapter(adapter, tmp_path / "shared", eval_file=path)
+    with pytest.raises(ConfigError, match=f"^--eval-file .*scores.json {said}"):
+        export_adapter(save(), tmp_path / "shared", eval_file=path)
     assert not (tmp_path / "shared").exists()
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import tiny_tokenizer
+from tiny import tiny_llama, tiny_tokenizer
 
 from moelora_plugin.errors import ConfigError, DataError, MissingDependencyError, MoeLoraError
 from moelora_plugin.training import Recipe, train
@@ -51,8 +51,14 @@ def test_a_bad_recipe(
 
 
 def test_a_base_without_a_tokenizer(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "mute")
+    with pytest.raises(ConfigError, match="holds a model but no tokenizer"):
+        train(make_recipe(model={"name": str(tmp_path / "mute")}))
+
+
+def test_a_folder_without_a_model(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match="No tokenizer loads from"):
+    with pytest.raises(ConfigError, match=r"^Cannot load a model from .*model\.name"):
         train(make_recipe(model={"name": str(tmp_path / "empty")}))
 
 
@@ -60,6 +66,7 @@ def test_a_tokenizer_without_eos(make_recipe: MakeRecipe, tmp_path: Path) -> Non
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = None
     tokenizer.save_pretrained(tmp_path / "endless")
+    tiny_llama().save_pretrained(tmp_path / "endless")
     with pytest.raises(ConfigError, match="has no eos_token"):
         train(make_recipe(model={"name": str(tmp_path / "endless")}))
 

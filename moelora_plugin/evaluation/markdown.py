@@ -1,0 +1,76 @@
+"""Scores as Markdown, for a model card or a paper's repository."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moelora_eval_tasks.catalog import TASKS
+
+from .report import NOISE_MARK, show_difference, show_estimate, shown_metrics
+from .scoreboard import Scoreboard
+from .statistics import Measurement
+
+
+def score_table(board: Scoreboard, models: Sequence[str] | None = None) -> str:
+    """A table of scores, and under it how they were measured.
+
+    Args:
+        board: the scores.
+        models: the models to show; None shows all.
+    """
+    names = list(models or board.models)
+    compared = [name for name in names if board.reference not in (None, name)]
+    head = ["task", "rows", "metric", "protocol", *names]
+    if compared:
+        head += [f"{name} - {board.reference} [95 %]" for name in compared]
+    lines = [_line(head), _line(["---", "---:", "---", "---", *["---:"] * (len(head) - 4)])]
+    for task, measured in board.tasks.items():
+        protocol = TASKS[task].protocol if task in TASKS else ""
+        lines += _rows(task, protocol, measured, names, compared)
+    for group, measured in board.groups.items():
+        lines += _rows(f"**{group}** (mean)", "", measured, names, compared)
+    return "\n".join([*lines, "", how_measured(board), *_notes(board)])
+
+
+def how_measured(board: Scoreboard) -> str:
+    """A sentence on where the numbers come from."""
+    run = next(iter(board.runs.values()))
+    versions, request = run.details["versions"], run.details["request"]
+    rows = f"up to {request['limit']} rows of a task" if request.get("limit") else "all rows"
+    return (
+        f"Points (x 100) ± standard error (bootstrap over rows), measured with moelora "
+        f"{versions['moelora']} on lm-eval {versions['lm_eval']}, {rows}, zero-shot."
+    )
+
+
+def _notes(board: Scoreboard) -> list[str]:
+    everything = [*board.tasks.values(), *board.groups.values()]
+    differences = [one for measured in everything for one in measured.differences.values()]
+    if not any(one.within_noise for one in differences):
+        return []
+    return [f"`{NOISE_MARK}` marks a difference within noise: its 95 % interval holds 0."]
+
+
+def _rows(
+    name: str,
+    protocol: str,
+    measured: Measurement,
+    models: Sequence[str],
+    compared: Sequence[str],
+) -> list[str]:
+    metrics = shown_metrics(next(iter(measured.metrics.values())))
+    lines = []
+    for metric in metrics:
+        cells = [name, str(measured.n), metric, protocol]
+        cells += [show_estimate(measured.metrics[model][metric]) for model in models]
+        if metric == metrics[-1]:  # the score, which is what differences are of
+            cells += [show_difference(measured.differences[model]) for model in compared]
+        else:
+            cells += [""] * len(compared)
+        lines.append(_line(cells))
+    return lines
+
+
+def _line(cells: Sequence[str]) -> str:
+    escaped = (cell.replace("|", r"\|") for cell in cells)
+    return f"| {' | '.join(escaped)} |"
