@@ -55,7 +55,7 @@ def compare(
         result = compare_seeds(named, reference, seed)
     else:
         result = compare_models({name: run for name, (run,) in named.items()}, reference, seed)
-    display(*result.tables(), *result.notes())
+    display(*result.tables(), *result.warnings)
     if output is not None:
         write_json(output, result.to_dict())
         display(f"Written to {output}")

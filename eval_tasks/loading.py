@@ -245,7 +245,7 @@ def _by_image(dataset: Dataset, column: str, *, with_image: bool) -> Dataset:
 
 def _check_labels(task: Task, dataset: Dataset, split: str, source: str) -> None:
     """Refuse a split that is empty, has no labels, or has labels the task does not know."""
-    labels = dataset[task.label]
+    labels = dataset[task.label][:]  # a list: the column itself reads the rows at each pass
     if not len(dataset):
         kind = "with an image" if task.shows_images else "for this task"
         raise DataError(

@@ -46,13 +46,7 @@ class Comparison:
     adjusted: dict[tuple[str, str], float] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        tests = {
-            (task, model): difference.p_value
-            for task, measured in self.tasks.items()
-            for model, difference in measured.differences.items()
-            if difference.p_value is not None
-        }
-        object.__setattr__(self, "adjusted", holm(tests))
+        object.__setattr__(self, "adjusted", mcnemar_p_values(self.tasks))
 
     def tables(self) -> list[Table]:
         """For the terminal, in points (times 100)."""
@@ -76,7 +70,8 @@ class Comparison:
                 )
         return [table]
 
-    def notes(self) -> list[str]:
+    @property
+    def warnings(self) -> list[str]:
         """What must be known before the scores are quoted, a sentence each."""
         overlap = {
             name: run.details.get("overlap", {}).get(model, {})
@@ -219,6 +214,18 @@ def measure_all(
         if group in GROUPS and set(GROUPS[group]) <= set(measured)
     }
     return measured, groups
+
+
+def mcnemar_p_values(tasks: Mapping[str, Measurement]) -> dict[tuple[str, str], float]:
+    """By task and model McNemar's p-value after Holm's adjustment for all of them."""
+    return holm(
+        {
+            (task, model): difference.p_value
+            for task, measured in tasks.items()
+            for model, difference in measured.differences.items()
+            if difference.p_value is not None
+        }
+    )
 
 
 def table_of(title: str, *columns: str) -> Table:

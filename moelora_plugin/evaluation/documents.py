@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moelora_eval_tasks.catalog import Task
+from moelora_eval_tasks.images import decode
 
 from ..errors import ConfigError
 from ..files import sha256_of
@@ -142,11 +143,7 @@ def _schema(models: Sequence[str]) -> Any:
 def _thumbnail(image: Mapping[str, Any] | None) -> bytes | None:
     if image is None:
         return None
-    from PIL import Image
-
-    content = image["bytes"]
-    with Image.open(image["path"] if content is None else io.BytesIO(content)) as opened:
-        small = opened.convert("RGB")
+    small = decode(image)
     small.thumbnail((THUMBNAIL, THUMBNAIL))
     out = io.BytesIO()
     small.save(out, "JPEG", quality=_QUALITY)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .compare import compare, left_out_note
+from .compare import compare, mcnemar_p_values
 from .report import cautions
 from .runs import Run
-from .statistics import Measurement, holm
+from .statistics import Measurement
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,7 @@ class Scoreboard:
     @property
     def p_values(self) -> dict[tuple[str, str], float]:
         """By task and model McNemar's p, adjusted after Holm for all that are on the board."""
-        return holm(
-            {
-                (task, model): difference.p_value
-                for task, measured in self.tasks.items()
-                for model, difference in measured.differences.items()
-                if difference.p_value is not None
-            }
-        )
+        return mcnemar_p_values(self.tasks)
 
 
 def scoreboard(runs: Mapping[str, Run]) -> Scoreboard:
@@ -58,20 +51,11 @@ def scoreboard(runs: Mapping[str, Run]) -> Scoreboard:
         warnings = cautions(run.tasks, run.groups, run.details)
         return Scoreboard(dict(runs), models, run.reference, run.tasks, run.groups, warnings)
     compared = compare(runs)
-    overlap = {
-        name: run.details.get("overlap", {}).get(model, {})
-        for name, (run, model) in compared.models.items()
-    }
-    (first, *_) = runs.values()
-    warnings = [
-        *cautions(compared.tasks, compared.groups, {**first.details, "overlap": overlap}),
-        *left_out_note(compared.left_out),
-    ]
     return Scoreboard(
         dict(runs),
         compared.models,
         compared.reference,
         compared.tasks,
         compared.groups,
-        warnings,
+        compared.warnings,
     )

@@ -141,7 +141,8 @@ class SeedComparison:
                 )
         return [means, differences]
 
-    def notes(self) -> list[str]:
+    @property
+    def warnings(self) -> list[str]:
         """What must be known beside the tables, a sentence each."""
         return left_out_note(self.left_out)
 

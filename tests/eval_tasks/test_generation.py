@@ -13,13 +13,13 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate
-from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from sklearn.metrics import matthews_corrcoef
 from task_rows import write_data
 from tiny import tiny_llama, tiny_tokenizer
 
 from moelora_eval_tasks.catalog import GROUPS, PREFIX
+from moelora_plugin.evaluation.lm import wrap
 
 
 class Scripted(LM):
@@ -109,7 +109,7 @@ def _generated(manager: TaskManager, **settings: Any) -> tuple[list[str], list[t
         return written
 
     model.generate = spied
-    results = run(HFLM(model, tokenizer=tokenizer, batch_size=2), manager, "sst2_gen")
+    results = run(wrap(model, tokenizer, 2), manager, "sst2_gen")
     samples = results["samples"][PREFIX + "sst2_gen"]
     return [sample["filtered_resps"][0] for sample in samples], given
 
@@ -121,7 +121,7 @@ def test_ten_tokens_are_written_greedily_whatever_the_model_prefers(
     caplog.clear()
     sampling = {"do_sample": True, "temperature": 1.5, "top_p": 0.5, "repetition_penalty": 9.0}
     caplog.set_level(logging.WARNING, "transformers")
-    assert _generated(manager, **sampling)[0] == plain
+    assert _generated(manager, **sampling, max_new_tokens=300)[0] == plain
     assert len(set(plain)) > 1
     assert not [record for record in caplog.records if record.name.startswith("transformers")]
 

@@ -76,8 +76,8 @@ def test_auto_fills_a_pass_with_tokens_and_no_more(
     longest = max(tokens_seen[2:])  # the first two look whether the adapter is applied
     tokens_seen.clear()
     written = TASKS[name].max_new_tokens if name == "sst2_gen" else 0
-    rows = evaluated(2 * (longest + written) + 10)
-    assert rows == 2
+    # What is written counts: without it, three rows would fill the pass of a generation.
+    assert evaluated(3 * longest if written else 5 * longest // 2) == 2
     assert longest < max(tokens_seen[2:]) <= 2 * (longest + written)
 
 
@@ -101,13 +101,14 @@ def test_a_row_for_which_memory_is_not_enough_is_an_error(data_dir: str) -> None
         evaluate_model(model, tiny_tokenizer(), ["qa"], data_dir=data_dir)
 
 
-def test_other_errors_of_the_model_are_shown(adapter: PeftModel, data_dir: str) -> None:
+def test_other_errors_of_the_model_are_shown(data_dir: str) -> None:
     def fail(module: Any, args: Any) -> None:
         raise RuntimeError("something else")
 
-    adapter.get_input_embeddings().register_forward_pre_hook(fail)
+    model = tiny_llama()
+    model.get_input_embeddings().register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="something else"):
-        evaluate_model(adapter, tiny_tokenizer(), ["rte"], data_dir=data_dir)
+        evaluate_model(model, tiny_tokenizer(), ["rte"], data_dir=data_dir)
 
 
 def test_a_batch_size_that_is_none_is_refused(adapter: PeftModel, data_dir: str) -> None:

@@ -97,7 +97,7 @@ def test_tasks_that_a_run_lacks_are_left_out(good: Path, tmp_path: Path) -> None
     more = write_run(tmp_path / "more", {"adapter": 0.7}, tasks=("sst2", "rte", "wnli"))
     found = _compare(good, more)
     assert (list(found.tasks), found.left_out) == (["sst2", "rte"], ("wnli",))
-    assert "Left out, as not all runs have them: wnli." in found.notes()
+    assert "Left out, as not all runs have them: wnli." in found.warnings
     apart = write_run(tmp_path / "apart", {"adapter": 0.7}, tasks=("wnli",))
     with pytest.raises(ConfigError, match=r"^The runs have no task in common; name runs of"):
         _compare(good, apart)
@@ -137,7 +137,7 @@ def test_other_rows_or_prompts_are_refused(
 def test_what_must_be_known_of_the_runs_is_noted(good: Path, tmp_path: Path) -> None:
     details = {"request": {"limit": 120}, "overlap": {"adapter": {"rte": 7}}}
     other = write_run(tmp_path / "other", {"adapter": 0.7}, details=details)
-    notes = _compare(other, good).notes()
+    notes = _compare(other, good).warnings
     assert [note.partition(" ")[0] for note in notes] == ["At", "Rows", "Within"]
     assert "other on rte (7)." in notes[1]
 

@@ -13,7 +13,7 @@ from PIL import Image
 from scored_runs import picture, scored, write_run
 from tiny import tiny_tokenizer
 
-from moelora_plugin.errors import ConfigError
+from moelora_plugin.errors import ConfigError, DataError
 from moelora_plugin.evaluation import evaluate_model, report
 from moelora_plugin.evaluation.documents import read_documents
 from moelora_plugin.files import sha256_of
@@ -87,7 +87,7 @@ def test_a_failure_leaves_no_file(
 
 
 def test_a_row_that_cannot_be_written_leaves_no_file(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="cannot identify image"):
+    with pytest.raises(DataError, match="replace it"):
         write_run(tmp_path / "moelora_eval.json", changes={"image": {"bytes": b"?", "path": None}})
     assert list(tmp_path.iterdir()) == []
 

@@ -65,7 +65,8 @@ def requests_of(browser: webdriver.Chrome) -> list[str]:
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     sent = [one for one in messages if one["method"] == "Network.requestWillBeSent"]
     urls = [one["params"]["request"]["url"] for one in sent]
-    return [url for url in urls if not url.startswith("data:")]  # which stand in the page itself
+    # What begins with data: stands in the page itself; chrome: is the browser's own first tab.
+    return [url for url in urls if not url.startswith(("data:", "chrome:"))]
 
 
 def documents(browser: webdriver.Chrome) -> list[Any]:

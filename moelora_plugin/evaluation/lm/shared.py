@@ -123,7 +123,13 @@ class SharedLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> Any:
         """What is written after each prompt; `advance` is told of every one."""
-        return self._answer(super().generate_until, requests, disable_tqdm)
+        # lm-eval limits the whole length, which a model's own number of new tokens would override.
+        config = self.model.generation_config
+        own, config.max_new_tokens = config.max_new_tokens, None
+        try:
+            return self._answer(super().generate_until, requests, disable_tqdm)
+        finally:
+            config.max_new_tokens = own
 
     def tokens_of(self, request: Instance) -> int:
         """How many tokens a request has, with those that may be written."""
