@@ -71,7 +71,7 @@ def command(
 ) -> Callable[[], None]:
     """`moelora eval` with these arguments; the seconds of its JSON are appended to `scoring`."""
     output = folder / "moelora_eval.json"
-    call = [sys.executable, "-c", COMMAND, "eval", *arguments]
+    call = [sys.executable, "-c", COMMAND, "eval", "--no-cache", *arguments]
     call += ["--output", str(output), "--overwrite"]
     environment = os.environ | {"OMP_NUM_THREADS": str(settings.threads)}
 

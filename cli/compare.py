@@ -42,10 +42,9 @@ def compare(
     seed: Annotated[int, typer.Option(help="Seeds the bootstrap behind the intervals.")] = 0,
 ) -> None:
     """Compare the models of runs on the same rows, or recipes over their training seeds."""
-    from moelora_plugin.evaluation.compare import Comparison, read_runs
-    from moelora_plugin.evaluation.compare import compare as compare_models
-    from moelora_plugin.evaluation.seeds import SeedComparison, compare_seeds
     from moelora_plugin.files import refuse_existing, write_json
+    from moelora_plugin.reports import Comparison, SeedComparison, compare_seeds, read_runs
+    from moelora_plugin.reports import compare as compare_models
 
     if output is not None:
         refuse_existing(output, overwrite=overwrite, key="--output")

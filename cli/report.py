@@ -44,7 +44,7 @@ def report(
     overwrite: Overwrite = False,
 ) -> None:
     """Show runs as a page: scores, intervals, every answer, experts, provenance."""
-    from moelora_plugin.evaluation.reporting import write_reports
+    from moelora_plugin.reports import write_reports
 
     written = write_reports(runs, out, markdown, documents=documents, overwrite=overwrite)
     display(*(f"Written to {path}" for path in written))

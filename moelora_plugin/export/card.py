@@ -30,9 +30,9 @@ def read_scores(eval_file: Path | str | None, adapter: Path) -> str:
     """
     if eval_file is None:
         return ""
-    from ..evaluation.markdown import score_table
-    from ..evaluation.runs import read_run
-    from ..evaluation.scoreboard import scoreboard
+    from ..reports.markdown import score_table
+    from ..reports.runs import read_run
+    from ..reports.scoreboard import scoreboard
 
     try:
         run = read_run(eval_file)

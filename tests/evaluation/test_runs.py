@@ -13,7 +13,7 @@ from written_runs import write_run
 
 from moelora_plugin.errors import ConfigError
 from moelora_plugin.evaluation import evaluate_model
-from moelora_plugin.evaluation.runs import read_run
+from moelora_plugin.reports.runs import read_run
 
 
 def test_a_run_is_what_was_written(adapter: PeftModel, data_dir: str, output: Path) -> None:

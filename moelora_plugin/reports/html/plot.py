@@ -9,9 +9,9 @@ from typing import Any
 
 from moelora_eval_tasks.scoring import SCORE
 
-from ..report import show_difference, show_estimate
+from ...evaluation.report import show_difference, show_estimate
+from ...evaluation.statistics import Measurement
 from ..scoreboard import Scoreboard
-from ..statistics import Measurement
 
 WIDTH = 1000
 _LABELS, _SPLIT, _GAP, _RIGHT = 190, 620, 40, 980

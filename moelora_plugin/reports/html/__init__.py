@@ -15,7 +15,7 @@ from jinja2 import DictLoader, Environment, StrictUndefined
 
 from moelora_eval_tasks.catalog import TASKS
 
-from ..report import show_difference, show_estimate, shown_metrics
+from ...evaluation.report import show_difference, show_estimate, shown_metrics
 from ..runs import Run
 from ..scoreboard import Scoreboard
 from .plot import forest_plot

@@ -10,10 +10,10 @@ import pytest
 from rich.console import Console
 from scored_runs import hits, scored, write_run
 
-from moelora_plugin.evaluation.compare import read_runs
-from moelora_plugin.evaluation.markdown import score_table
 from moelora_plugin.evaluation.report import EvaluationReport, show_difference
-from moelora_plugin.evaluation.scoreboard import Scoreboard, scoreboard
+from moelora_plugin.reports.compare import read_runs
+from moelora_plugin.reports.markdown import score_table
+from moelora_plugin.reports.scoreboard import Scoreboard, scoreboard
 
 RIGHT = {
     task: {"base": hits(400, 0.5, i), "moe": hits(400, 0.5, 9 + i), "lora": hits(400, 0.9, 19 + i)}

@@ -11,15 +11,15 @@ from written_runs import write_run
 
 from moelora_eval_tasks.catalog import GROUPS
 from moelora_plugin.errors import ConfigError
-from moelora_plugin.evaluation.compare import read_runs
-from moelora_plugin.evaluation.seeds import (
+from moelora_plugin.evaluation.statistics import DRAWS
+from moelora_plugin.reports.compare import read_runs
+from moelora_plugin.reports.seeds import (
     SeedComparison,
     compare_seeds,
     draw_means,
     seed_difference,
     seed_mean,
 )
-from moelora_plugin.evaluation.statistics import DRAWS
 
 OURS, LORA = (0.81, 0.84, 0.78, 0.83), (0.80, 0.79, 0.76)
 

@@ -13,9 +13,9 @@ import numpy as np
 from moelora_eval_tasks.metrics import Array
 
 from ..errors import ConfigError
-from .report import FORMAT_VERSION
-from .request import DEFAULT_OUTPUT
-from .statistics import Measurement
+from ..evaluation.report import FORMAT_VERSION
+from ..evaluation.request import DEFAULT_OUTPUT
+from ..evaluation.statistics import Measurement
 
 _KEYS = ("models", "reference", "tasks", "groups", "predictions")
 

@@ -11,8 +11,8 @@ from written_runs import ROWS, write_run
 
 from moelora_eval_tasks.catalog import GROUPS, TASKS
 from moelora_plugin.errors import ConfigError
-from moelora_plugin.evaluation.compare import Comparison, compare, read_runs
 from moelora_plugin.evaluation.statistics import measure
+from moelora_plugin.reports.compare import Comparison, compare, read_runs
 
 
 def _compare(*arguments: Path | str, reference: str | None = None) -> Comparison:

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...analysis.names import layer_label, natural_order
-from ..documents import Document, read_documents
-from ..expert_use import ExpertUse
+from ...evaluation.documents import Document, read_documents
+from ...evaluation.expert_use import ExpertUse
 from ..scoreboard import Scoreboard
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..evaluation.report import cautions
+from ..evaluation.statistics import Measurement
 from .compare import compare, mcnemar_p_values
-from .report import cautions
 from .runs import Run
-from .statistics import Measurement
 
 
 @dataclass(frozen=True)

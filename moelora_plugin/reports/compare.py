@@ -14,12 +14,12 @@ from moelora_eval_tasks.metrics import Array
 from moelora_eval_tasks.scoring import SCORE
 
 from ..errors import ConfigError
+from ..evaluation.report import NOISE_MARK, cautions, show_difference, show_estimate
+from ..evaluation.request import DEFAULT_OUTPUT
+from ..evaluation.statistics import Measurement, combine, holm, measure
+from ..evaluation.subjects import BASE
 from ..lookup import unknown_name_message
-from .report import NOISE_MARK, cautions, show_difference, show_estimate
-from .request import DEFAULT_OUTPUT
 from .runs import Run, read_run
-from .statistics import Measurement, combine, holm, measure
-from .subjects import BASE
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -15,9 +15,9 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.select import Select
 
-from moelora_plugin.evaluation.compare import read_runs
-from moelora_plugin.evaluation.html import render_page
-from moelora_plugin.evaluation.scoreboard import scoreboard
+from moelora_plugin.reports.compare import read_runs
+from moelora_plugin.reports.html import render_page
+from moelora_plugin.reports.scoreboard import scoreboard
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 needs_browser = pytest.mark.skipif(
@@ -65,8 +65,8 @@ def requests_of(browser: webdriver.Chrome) -> list[str]:
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     sent = [one for one in messages if one["method"] == "Network.requestWillBeSent"]
     urls = [one["params"]["request"]["url"] for one in sent]
-    # What begins with data: stands in the page itself; chrome: is the browser's own first tab.
-    return [url for url in urls if not url.startswith(("data:", "chrome:"))]
+    # What begins with data: stands in the page itself; chrome... is the browser's own first tab.
+    return [url for url in urls if not url.startswith(("data:", "chrome"))]
 
 
 def documents(browser: webdriver.Chrome) -> list[Any]:

@@ -14,6 +14,9 @@ from moelora_eval_tasks.metrics import Array
 from moelora_eval_tasks.scoring import SCORE
 
 from ..errors import ConfigError
+from ..evaluation.report import NOISE_MARK
+from ..evaluation.statistics import CONFIDENCE, DRAWS, holm, percentile_interval
+from ..evaluation.subjects import BASE
 from ..lookup import unknown_name_message
 from .compare import (
     common_tasks,
@@ -22,10 +25,7 @@ from .compare import (
     show_interval,
     table_of,
 )
-from .report import NOISE_MARK
 from .runs import Run
-from .statistics import CONFIDENCE, DRAWS, holm, percentile_interval
-from .subjects import BASE
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from moelora_eval_tasks.catalog import TASKS
 
-from .report import NOISE_MARK, show_difference, show_estimate, shown_metrics
+from ..evaluation.report import NOISE_MARK, show_difference, show_estimate, shown_metrics
+from ..evaluation.statistics import Measurement
 from .scoreboard import Scoreboard
-from .statistics import Measurement
 
 
 def score_table(board: Scoreboard, models: Sequence[str] | None = None) -> str:
