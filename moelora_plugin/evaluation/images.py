@@ -21,6 +21,6 @@ def refuse_images(model_or_config: Any, tasks: Sequence[Task]) -> None:
     if showing and not shows_images(model_or_config):
         config = getattr(model_or_config, "config", model_or_config)
         raise ConfigError(
-            f"{', '.join(showing)} show images, which a {config.model_type} model cannot be shown; "
-            "take them out of --tasks, or evaluate a vision model."
+            f"A {config.model_type} model cannot be shown the images of {', '.join(showing)}; take "
+            "that out of --tasks, or evaluate a vision model."
         )

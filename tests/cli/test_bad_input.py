@@ -293,7 +293,7 @@ def test_images_that_cannot_be_shown(work: Path, image: dict[str, Any], said: st
 
 def test_images_for_a_model_of_text(work: Path) -> None:
     write_split(work / "rows", "scienceqa_image", "test", ROWS["scienceqa_image"])
-    refused(work, IMAGES, "scienceqa_image", "a llama model cannot be shown", "--tasks")
+    refused(work, IMAGES, "scienceqa_image", "A llama model cannot be shown", "--tasks")
 
 
 def test_the_demo_without_hub_and_wheel(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
