@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
 from moelora_eval_tasks.catalog import TASKS
@@ -12,14 +10,6 @@ from moelora_eval_tasks.loading import load_for_lm_eval, load_split
 from moelora_eval_tasks.prompts import IMAGE_PLACEHOLDER, render
 
 pytestmark = pytest.mark.data
-
-
-@pytest.fixture(scope="module")
-def data_dir() -> str:
-    folder = os.environ.get("MOELORA_DATA_DIR")
-    if not folder:
-        pytest.skip("MOELORA_DATA_DIR names no folder with real rows")
-    return folder
 
 
 @pytest.mark.parametrize("name", ["scienceqa_image", "scienceqa_image_gen"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
 
@@ -35,14 +34,6 @@ BALANCE = {
     "rte": [146, 131],
     "wnli": [40, 31],
 }
-
-
-@pytest.fixture(scope="module")
-def data_dir() -> str:
-    folder = os.environ.get("MOELORA_DATA_DIR")
-    if not folder:
-        pytest.skip("MOELORA_DATA_DIR names no folder with real rows")
-    return folder
 
 
 TEXT = [task for task in TASKS.values() if task.benchmark in GROUPS["text"]]
