@@ -131,12 +131,18 @@ def _device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
-def _hub_fingerprint(task: Task) -> str:
-    """What `datasets` knows the split by; it is in its cache by now."""
+def _hub_fingerprint(task: Task) -> str | None:
+    """What `datasets` knows the split by; it is in its cache by now.
+
+    None where it cannot be had any more: no reason to lose the scores.
+    """
     from datasets import load_dataset
 
-    split = load_dataset(task.hub_id, task.config, split=task.eval_split, revision=task.revision)
-    return str(split._fingerprint)
+    try:
+        rows = load_dataset(task.hub_id, task.config, split=task.eval_split, revision=task.revision)
+    except (OSError, ValueError):
+        return None
+    return str(rows._fingerprint)
 
 
 def _as_dict(config: Any) -> dict[str, Any]:

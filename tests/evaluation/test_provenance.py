@@ -77,6 +77,8 @@ def test_rows_of_the_hub_go_by_revision_and_fingerprint(monkeypatch: pytest.Monk
     load.assert_called_once_with(
         "nyu-mll/glue", "rte", split="validation", revision=TASKS["rte"].revision
     )
+    load.side_effect = ConnectionError("the network is gone by now")
+    assert provenance.datasets_of([TASKS["rte"]], None)["rte"]["fingerprint"] is None
 
 
 def test_another_base_is_seen_and_an_adapter_changes_nothing_of_it() -> None:
