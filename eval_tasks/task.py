@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 Protocol = Literal["loglikelihood", "generation", "paper"]
 SUFFIXES: dict[Protocol, str] = {"loglikelihood": "", "generation": "_gen", "paper": "_paper"}
+PARSED = "parsed"  # the share of written answers that were found: a metric, but no score
 
 INSTRUCTION_TEMPLATE = (
     "{image}### Instruction:\n{instruction}\n\n### Input:\n{body}\n\n### Response:\n{stem}"
@@ -123,7 +124,7 @@ class Task:
     @property
     def scored(self) -> tuple[str, ...]:
         """The metrics whose mean is the score."""
-        return tuple(name for name in self.metrics if name != "parsed")
+        return tuple(name for name in self.metrics if name != PARSED)
 
     @property
     def shows_images(self) -> bool:
@@ -143,7 +144,7 @@ def generated(task: Task, **changes: Any) -> Task:
 
     Unless `changes` say otherwise, the answer is the stem made a sentence.
     """
-    kept = {"protocol": "generation", "answer": f"{task.stem} {{}}.", "metrics": ("acc", "parsed")}
+    kept = {"protocol": "generation", "answer": f"{task.stem} {{}}.", "metrics": ("acc", PARSED)}
     return replace(task, **(kept | changes))
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from moelora_eval_tasks.catalog import TASKS
 from moelora_eval_tasks.scoring import SCORE
+from moelora_eval_tasks.task import PARSED
 
 from ..files import write_text
 from .documents import Document, documents_file, documents_of, write_documents
@@ -193,6 +194,7 @@ def show_difference(difference: Difference) -> str:
 
 
 def shown_metrics(estimates: Mapping[str, Estimate]) -> list[str]:
-    """The metrics to show. A single one is its task's score, so that is one row."""
-    official = [metric for metric in estimates if metric != SCORE]
-    return official if len(official) == 1 else [*official, SCORE]
+    """The metrics to show, the score last. One that is the score by itself stands for it."""
+    unscored = [metric for metric in estimates if metric == PARSED]
+    scored = [metric for metric in estimates if metric not in (PARSED, SCORE)]
+    return [*unscored, *scored] if len(scored) == 1 else [*unscored, *scored, SCORE]

@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 from scored_runs import hits, scored, write_run
 
-from moelora_plugin.evaluation.report import EvaluationReport, show_difference
+from moelora_plugin.evaluation.report import EvaluationReport, show_difference, shown_metrics
+from moelora_plugin.evaluation.statistics import Estimate
 from moelora_plugin.reports.compare import read_runs
 from moelora_plugin.reports.markdown import score_table
 from moelora_plugin.reports.scoreboard import Scoreboard, scoreboard
@@ -117,3 +118,11 @@ def test_groups_are_means(tmp_path: Path) -> None:
     board = board_of(run)
     mean = sum(board.tasks[task].metrics["base"]["score"].value for task in qa) / 4
     assert f"| **qa** (mean) | 200 | score |  | {100 * mean:.2f} ± " in score_table(board)
+
+
+def test_the_metric_that_is_the_score_stands_for_it_and_comes_last() -> None:
+    one = Estimate(0.5, 0.1)
+    assert shown_metrics({"acc": one, "score": one}) == ["acc"]
+    assert shown_metrics({"acc": one, "parsed": one, "score": one}) == ["parsed", "acc"]
+    assert shown_metrics({"acc": one, "f1": one, "score": one}) == ["acc", "f1", "score"]
+    assert shown_metrics({"score": one}) == ["score"]
