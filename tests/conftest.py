@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -12,4 +13,13 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
     """Keeps each test out of the user's cache, and out of the other tests'."""
     folder = tmp_path_factory.mktemp("moelora_cache")
     monkeypatch.setenv("MOELORA_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_dir() -> str:
+    """The folder with real rows, for tests marked `data`."""
+    folder = os.environ.get("MOELORA_DATA_DIR")
+    if not folder:
+        pytest.skip("MOELORA_DATA_DIR names no folder with real rows")
     return folder

@@ -13,8 +13,8 @@ pytestmark = pytest.mark.data
 
 
 @pytest.mark.parametrize("name", ["scienceqa_image", "scienceqa_image_gen"])
-def test_every_row_is_shown_with_its_picture(name: str, data_dir: str) -> None:
-    docs = load_for_lm_eval(name, data_dir)["evaluation"]
+def test_every_row_is_shown_with_its_picture(name: str, real_dir: str) -> None:
+    docs = load_for_lm_eval(name, real_dir)["evaluation"]
     assert 0 < len(docs) <= TASKS[name].eval_rows
     for doc in docs:
         (shown,) = pictures(doc)
@@ -25,9 +25,9 @@ def test_every_row_is_shown_with_its_picture(name: str, data_dir: str) -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
-def test_all_of_scienceqa_is_both_halves(split: str, data_dir: str) -> None:
+def test_all_of_scienceqa_is_both_halves(split: str, real_dir: str) -> None:
     tasks = [TASKS[name] for name in ("scienceqa", "scienceqa_image", "scienceqa_all")]
-    text, shown, both = (load_split(task, split, data_dir) for task in tasks)
+    text, shown, both = (load_split(task, split, real_dir) for task in tasks)
     assert len(both) == len(text) + len(shown)
     prompts = [render(tasks[-1], row) for row in both]
     assert prompts == [

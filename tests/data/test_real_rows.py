@@ -41,8 +41,8 @@ WITHOUT_MISMATCHED = [task for task in TEXT if task.name != "mnli_paper"]
 
 
 @pytest.mark.parametrize("task", WITHOUT_MISMATCHED, ids=lambda task: task.name)
-def test_every_evaluation_row_renders(task: Task, data_dir: str) -> None:
-    rows = load_split(task, task.eval_split, data_dir)
+def test_every_evaluation_row_renders(task: Task, real_dir: str) -> None:
+    rows = load_split(task, task.eval_split, real_dir)
     prompts = [render(task, row) for row in rows]
     if task.benchmark in PARTIAL:
         assert 0 < len(rows) <= task.eval_rows
@@ -57,38 +57,38 @@ def test_every_evaluation_row_renders(task: Task, data_dir: str) -> None:
 
 
 @pytest.mark.parametrize("task", TEXT, ids=lambda task: task.name)
-def test_every_training_row_renders(task: Task, data_dir: str) -> None:
-    rows = load_split(task, "train", data_dir)
+def test_every_training_row_renders(task: Task, real_dir: str) -> None:
+    rows = load_split(task, "train", real_dir)
     assert {render(task, row).gold for row in rows} >= set(range(len(task.answers)))
 
 
-def test_the_paper_scores_every_fortieth_pair(data_dir: str) -> None:
+def test_the_paper_scores_every_fortieth_pair(real_dir: str) -> None:
     every, scored = (
-        load_split(TASKS[name], "validation", data_dir)["question1"]
+        load_split(TASKS[name], "validation", real_dir)["question1"]
         for name in ("qqp_gen", "qqp_paper")
     )
     assert list(scored) == list(every)[::40]
 
 
-def test_the_papers_mnli_needs_both_halves(data_dir: str) -> None:
+def test_the_papers_mnli_needs_both_halves(real_dir: str) -> None:
     with pytest.raises(DataError, match=r"validation_mismatched\.parquet does not exist"):
-        load_split(TASKS["mnli_paper"], TASKS["mnli_paper"].eval_split, data_dir)
+        load_split(TASKS["mnli_paper"], TASKS["mnli_paper"].eval_split, real_dir)
 
 
-def test_hidden_labels_are_refused(data_dir: str) -> None:
+def test_hidden_labels_are_refused(real_dir: str) -> None:
     with pytest.raises(DataError, match="no label in 1140 of its 1140 rows"):
-        load_split(TASKS["commonsenseqa"], "test", data_dir)
+        load_split(TASKS["commonsenseqa"], "test", real_dir)
 
 
-def test_all_tasks_are_scored(data_dir: str) -> None:
-    report = evaluate_model(tiny_llama(), tiny_tokenizer(), ["text"], data_dir=data_dir, limit=20)
+def test_all_tasks_are_scored(real_dir: str) -> None:
+    report = evaluate_model(tiny_llama(), tiny_tokenizer(), ["text"], data_dir=real_dir, limit=20)
     assert [measured.n for measured in report.tasks.values()] == [20] * 13
     assert abs(report.groups["text"].metrics["model"]["score"].value) < 0.6  # it knows nothing
 
 
-def test_all_tasks_are_answered_in_writing(data_dir: str) -> None:
+def test_all_tasks_are_answered_in_writing(real_dir: str) -> None:
     report = evaluate_model(
-        tiny_llama(), tiny_tokenizer(), ["text_gen"], data_dir=data_dir, limit=5
+        tiny_llama(), tiny_tokenizer(), ["text_gen"], data_dir=real_dir, limit=5
     )
     assert [measured.n for measured in report.tasks.values()] == [5] * 13
     for measured in report.tasks.values():  # a random model writes no sentence

@@ -6,7 +6,6 @@ lm-eval's scoring.
 
 from __future__ import annotations
 
-import os
 import random
 from functools import cache
 from pathlib import Path
@@ -175,14 +174,6 @@ def test_their_prompt_gives_their_scores(
 @pytest.mark.parametrize("name", CHOOSING)
 def test_our_prompt_in_a_stock_task_gives_our_accuracy(name: str, tmp_path: Path) -> None:
     agree_on_our_prompt(name, str(write_data(tmp_path, [name])))
-
-
-@pytest.fixture(scope="module")
-def real_dir() -> str:
-    folder = os.environ.get("MOELORA_DATA_DIR")
-    if not folder:
-        pytest.skip("MOELORA_DATA_DIR names no folder with real rows")
-    return folder
 
 
 def has_rows(name: str, folder: str) -> bool:
