@@ -2,17 +2,14 @@
 
 adapter_config.json        PEFT's
 adapter_model.safetensors  PEFT's
-moelora.json               manifest: sha256 of the weights, what tells the base from others,
-                           how the adapter was trained
+moelora.json               manifest: sha256 of the weights, the configuration, what tells the base
+                           from others and how it was quantised, how the adapter was trained
 tokenizer files            or a vision model's processor, where one was given
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,33 +17,63 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from peft import PeftModel, get_peft_model_state_dict
+from peft import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PeftConfig,
+    PeftModel,
+    get_peft_model_state_dict,
+)
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
 from . import __version__
 from .base_model import HUB_ERRORS, load_base_model
+from .config import MoeLoraConfig
 from .errors import (
     AdapterError,
     ConfigError,
     ExportError,
     MissingDependencyError,
+    MoeLoraError,
     first_line,
 )
 from .files import atomic_directory, sha256_of, write_json
-from .model import moelora_layers
+from .manifest import (
+    CONFIG_FILE,
+    MANIFEST_FILE,
+    WEIGHTS_FILE,
+    deciding_config,
+    read_adapter_config,
+    read_manifest,
+    verify_config,
+)
+from .ops.finite import first_not_finite
 from .processors import holds_processor, load_processor
+from .quantization import quantization_of
+from .recognition import (
+    record_base,
+    refuse_other_name,
+    refuse_other_weights,
+    warn_of_quantization,
+)
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-MANIFEST_FILE = "moelora.json"
-
-# A base is recognised by a few of its weights. bf16, fp16 and fp32 copies differ by at most 2^-8 of
-# a value; 2 % leaves room for that and still tells two models apart at the first value.
-_SAMPLES = 16
-_RELATIVE_TOLERANCE = 0.02
-_ABSOLUTE_TOLERANCE = 1e-6  # fp16 flushes values below this to multiples of 6e-8
+__all__ = [
+    "CONFIG_FILE",
+    "MANIFEST_FILE",
+    "WEIGHTS_FILE",
+    "atomic_directory",
+    "check_adapter",
+    "extend_manifest",
+    "load_adapter",
+    "read_adapter_config",
+    "read_manifest",
+    "resolve_adapter",
+    "save_adapter",
+    "verify_config",
+    "verify_weights",
+]
 
 
 def save_adapter(
@@ -66,6 +93,9 @@ def save_adapter(
             trained on.
         manifest: how the adapter came about (recipe, data, scores, ...); JSON values.
         overwrite: replace a folder that already holds something.
+
+    What the manifest says of the base is not worth an adapter: where it cannot be had, a warning
+    says so.
 
     Raises:
         ConfigError: `out` holds something and `overwrite` is False.
@@ -87,10 +117,20 @@ def save_adapter(
                 **(manifest or {}),
                 "moelora_version": __version__,
                 "weights_sha256": sha256_of(folder / WEIGHTS_FILE),
-                "base_fingerprint": base_fingerprint(model),
+                "config": deciding_config(folder),
+                **record_base(model),
             },
         )
     return Path(out)
+
+
+def extend_manifest(folder: Path | str, entries: Mapping[str, Any]) -> None:
+    """Add to the manifest of a saved adapter what is known only later.
+
+    Raises:
+        AdapterError: the manifest is damaged.
+    """
+    write_json(Path(folder) / MANIFEST_FILE, {**read_manifest(Path(folder)), **entries})
 
 
 def load_adapter(
@@ -104,9 +144,9 @@ def load_adapter(
 ) -> tuple[PeftModel, Any]:
     """Load an adapter on its base, ready for inference, or say what is wrong with it.
 
-    Stricter than `PeftModel.from_pretrained`, which only warns where tensors are missing: the
-    weights must match the manifest's digest, every tensor must find its place, and the base must be
-    the one the adapter was trained on.
+    The model answers bitwise as that of `PeftModel.from_pretrained`, which is less strict: here the
+    weights and the configuration must be those that were saved, every tensor must find its place
+    and be finite, and the base must be the one the adapter was trained on.
 
     Args:
         path: folder or hub id of an adapter (of any PEFT type).
@@ -126,9 +166,12 @@ def load_adapter(
 
     Raises:
         AdapterError: damaged files, missing tensors, or another base.
-        ConfigError: neither the adapter nor the base has a tokenizer or processor.
+        ConfigError: the base carries an adapter already, or neither the adapter nor the base has a
+            tokenizer or processor.
         MissingDependencyError: adapter or base is not a folder and the hub cannot be reached.
     """
+    if isinstance(base, nn.Module):
+        _refuse_adapted(base)
     given = base.name_or_path if isinstance(base, PreTrainedModel) else base
     folder, name = check_adapter(path, given, allow_base_mismatch=allow_base_mismatch)
     adapter = read_adapter_config(folder)
@@ -137,22 +180,11 @@ def load_adapter(
         base_model = base
     else:
         base_model = load_base_model(name, revision=revision, dtype=dtype, device=device)
-    try:
-        with warnings.catch_warnings():
-            # PEFT only warns of missing tensors; below they are an error, which says more.
-            warnings.filterwarnings("ignore", "Found missing adapter keys")
-            # The file's tensors become the parameters, with neither an initialisation nor a copy
-            # before. On a half precision base PEFT would round them to its dtype.
-            is_wide = base_model.dtype in (torch.float32, torch.float64)
-            model = PeftModel.from_pretrained(base_model, str(folder), low_cpu_mem_usage=is_wide)
-    except (RuntimeError, ValueError) as error:
-        raise AdapterError(
-            f"The adapter in {folder} does not fit the base {name!r}: {first_line(error)}; pass "
-            "the base it was trained on (--base)."
-        ) from error
-    _refuse_missing_tensors(folder, model)
+    manifest = read_manifest(folder)
+    model = _put_on(base_model, folder, name)
     if not allow_base_mismatch:
-        _refuse_other_weights(model, read_manifest(folder).get("base_fingerprint"), name)
+        refuse_other_weights(model, manifest, name)
+    warn_of_quantization(model, manifest, name)
     if fold:
         with contextlib.suppress(ExportError):  # which comes before anything is touched
             model.merge_adapter()
@@ -182,11 +214,13 @@ def check_adapter(
     folder = resolve_adapter(path)
     recorded = read_adapter_config(folder).get("base_model_name_or_path")
     verify_weights(folder)
+    verify_config(folder)
+    _read_config(folder)
     name = base or recorded
     if not name:
         raise ConfigError(f"{CONFIG_FILE} in {folder} names no base model; pass base (--base).")
     if not allow_base_mismatch:
-        _refuse_other_name(name, recorded)
+        refuse_other_name(name, recorded)
     return folder, name
 
 
@@ -210,17 +244,6 @@ def resolve_adapter(path: Path | str) -> Path:
         if not (folder / name).is_file():
             raise AdapterError(f"{folder} holds no {name}; pass the folder of a saved adapter.")
     return folder
-
-
-def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """The adapter's configuration as it stands in the file."""
-    return _read_json(folder / CONFIG_FILE)
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest, or an empty dict for an adapter that PEFT alone has saved."""
-    path = folder / MANIFEST_FILE
-    return _read_json(path) if path.is_file() else {}
 
 
 def verify_weights(folder: Path) -> str:
@@ -250,66 +273,101 @@ def verify_weights(folder: Path) -> str:
     return digest
 
 
-def base_fingerprint(model: nn.Module) -> dict[str, Any] | None:
-    """What tells the base from others: shapes of the adapted modules and a few of their weights.
+def _read_config(folder: Path) -> PeftConfig:
+    """The configuration as PEFT reads it.
 
-    None where the base weights are not plain floating-point tensors (quantised or not
-    materialised).
+    Raises:
+        AdapterError: PEFT cannot.
+        ConfigError: one of ours that cannot be carried out.
     """
-    layers = moelora_layers(model)
-    weights: list[torch.Tensor] = []
-    for layer in layers.values():
-        weight = getattr(layer.get_base_layer(), "weight", None)
-        if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.is_meta:
-            return None
-        weights.append(weight)
-    if not weights:
-        return None
-    # Names differ with the wrapping (PeftModel or bare); the order of modules does not.
-    shapes = json.dumps([list(w.shape) for w in weights])
-    samples = []
-    for k in range(_SAMPLES):
-        flat = weights[k * len(weights) // _SAMPLES].detach().flatten()
-        samples.append(float(flat[(2 * k + 1) * flat.numel() // (2 * _SAMPLES)]))
-    return {
-        "modules": len(weights),
-        "shapes_sha256": hashlib.sha256(shapes.encode()).hexdigest(),
-        "samples": samples,
-    }
-
-
-def _refuse_other_name(base: str, recorded: str | None) -> None:
-    """Two hub ids that differ are two models. Folders move, so their names say nothing."""
-    if recorded and base != recorded and not os.path.isdir(base) and not os.path.isdir(recorded):
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT says them again when it loads
+            kind = PEFT_TYPE_TO_CONFIG_MAPPING[PeftConfig._get_peft_type(str(folder))]
+            config: PeftConfig = kind.from_pretrained(str(folder))
+    except MoeLoraError:
+        raise
+    except Exception as error:  # a value of a wrong type fails wherever it is first used
         raise AdapterError(
-            f"The adapter was trained on {recorded!r}, not on {base!r}; drop --base, or pass "
-            "--allow-base-mismatch if you mean it."
-        )
+            f"{folder / CONFIG_FILE} holds no configuration that PEFT can read "
+            f"({type(error).__name__}: {first_line(error)}); save or download the adapter again."
+        ) from error
+    if isinstance(config, MoeLoraConfig):
+        config.stored_shapes = _stored_shapes(folder)
+    return config
 
 
-def _refuse_other_weights(model: nn.Module, expected: Mapping[str, Any] | None, base: str) -> None:
-    found = base_fingerprint(model)
-    if expected is None or found is None:
-        return
-    same = found["shapes_sha256"] == expected["shapes_sha256"] and all(
-        abs(a - b) <= _RELATIVE_TOLERANCE * max(abs(a), abs(b)) + _ABSOLUTE_TOLERANCE
-        for a, b in zip(found["samples"], expected["samples"], strict=True)
-    )
-    if not same:
-        raise AdapterError(
-            f"The weights of {base!r} are not those of the base this adapter was trained on; pass "
-            "that base (--base), or --allow-base-mismatch if you mean it."
-        )
-
-
-def _refuse_missing_tensors(folder: Path, model: PeftModel) -> None:
+def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
-        stored = set(file.keys())
-    wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    missing, unknown = sorted(wanted - stored), sorted(stored - wanted)
+        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+
+
+def _put_on(base: PreTrainedModel, folder: Path, name: str) -> PeftModel:
+    """The adapter on its base, every tensor in its place.
+
+    Raises:
+        AdapterError: it does not fit, lacks tensors, has others, or numbers that are none.
+    """
+    stored = _stored_shapes(folder)
+    # The file's tensors become the parameters, with neither an initialisation nor a copy before:
+    # where they are all that our own layers hold, and the base would not round or pack them.
+    is_direct = (
+        all(".moelora_" in key for key in stored)
+        and all(p.dtype in (torch.float32, torch.float64) for p in base.parameters())
+        and quantization_of(base) is None
+    )
+    config = _read_config(folder)
+    try:
+        with warnings.catch_warnings():
+            # PEFT only warns of missing tensors; below they are an error, which says more.
+            warnings.filterwarnings("ignore", "Found missing adapter keys")
+            model = PeftModel.from_pretrained(
+                base, str(folder), config=config, low_cpu_mem_usage=is_direct
+            )
+    except AdapterError:
+        raise
+    except Exception as error:  # PEFT's types raise what they happen to run into
+        resized = any(f"{key}." in str(error) for key in _embedding_names(base))
+        how = ", resized as it was then (resize_token_embeddings)" if resized else ""
+        raise AdapterError(
+            f"The adapter in {folder} does not fit the base {name!r}: {first_line(error)}; pass "
+            f"the base it was trained on (--base){how}."
+        ) from error
+    _refuse_other_tensors(folder, model, set(stored))
+    return model
+
+
+def _embedding_names(model: nn.Module) -> list[str]:
+    """Names of the modules that PEFT saves whole where the vocabulary was resized, or adapted."""
+    try:
+        found = {model.get_input_embeddings(), model.get_output_embeddings()}  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):  # a model without them
+        return []
+    return [name for name, module in model.named_modules() if module in found]
+
+
+def _refuse_adapted(base: nn.Module) -> None:
+    if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
+        raise ConfigError(
+            "The base that is passed to load_adapter carries an adapter already; unload it first, "
+            "or add another to it with its own load_adapter(folder, name)."
+        )
+    if not isinstance(base, PreTrainedModel):
+        raise ConfigError(
+            f"The base that is passed to load_adapter is a {type(base).__name__}, not a "
+            "transformers model; put the adapter on it with PeftModel.from_pretrained."
+        )
+
+
+def _refuse_other_tensors(folder: Path, model: PeftModel, stored: set[str]) -> None:
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    # PEFT saves embeddings whole where they were resized or are adapted, and reads them again.
+    embeddings = tuple(f"{name}." for name in _embedding_names(model))
+    whole = {key for key in model.state_dict() if key.startswith(embeddings)}
+    missing, unknown = sorted(set(state) - stored), sorted(stored - set(state) - whole)
     if missing:
         raise AdapterError(
-            f"{folder / WEIGHTS_FILE} lacks {len(missing)} of {len(wanted)} tensors, the first "
+            f"{folder / WEIGHTS_FILE} lacks {len(missing)} of {len(state)} tensors, the first "
             f"being {missing[0]}; save or download it again."
         )
     if unknown:
@@ -317,17 +375,9 @@ def _refuse_missing_tensors(folder: Path, model: PeftModel) -> None:
             f"{folder / WEIGHTS_FILE} holds {len(unknown)} tensors that have no place in the base, "
             f"the first being {unknown[0]}; pass the base it was trained on (--base)."
         )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    broken = first_not_finite(state)
+    if broken is not None:
         raise AdapterError(
-            f"{path} is not valid JSON ({first_line(error)}); save it again."
-        ) from error
-    if not isinstance(content, dict):
-        raise AdapterError(
-            f"{path} holds a {type(content).__name__}, not an object; save it again."
+            f"{folder / WEIGHTS_FILE} holds NaN or infinite numbers in {broken}; its training "
+            "diverged, or the file is damaged: load an earlier checkpoint."
         )
-    return content

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar, get_args
@@ -35,6 +35,8 @@ _MAPPINGS = (
     "init_kwargs",
 )
 _BIASES = ("none", "all", "moelora_only")
+
+_NO_SHAPES: Mapping[str, tuple[int, ...]] = {}
 
 C = TypeVar("C", bound=type)
 
@@ -160,8 +162,10 @@ class MoeLoraConfig(PeftConfig):
     use_rslora: bool = False
     format_version: int = FORMAT_VERSION
 
-    # No field: it is not saved. Whether the values of the adapter come from its file.
+    # No fields: they are not saved. Whether the values of the adapter come from its file, and the
+    # shapes that they have there, which `load_adapter` notes so that no others are made.
     from_file = False
+    stored_shapes = _NO_SHAPES
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> MoeLoraConfig:

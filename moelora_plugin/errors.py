@@ -41,6 +41,10 @@ class MissingDependencyError(MoeLoraError, RuntimeError):
 def first_line(error: Exception) -> str:
     """What another library's error says, as part of one of our sentences.
 
-    Its first line without the full stop; the pages that often follow help nobody.
+    Its first line without the full stop; the pages that often follow help nobody. A first line that
+    ends with a colon announces the next, which has the names and sizes.
     """
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    first, *rest = (str(error).strip() or type(error).__name__).splitlines()
+    if first.endswith(":") and rest:
+        first = f"{first} {rest[0].strip()}"
+    return first.rstrip(".")

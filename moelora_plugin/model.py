@@ -16,12 +16,13 @@ from transformers.pytorch_utils import Conv1D
 
 from .allocation import ALLOCATIONS
 from .config import MoeLoraConfig
-from .errors import ConfigError
+from .errors import AdapterError, ConfigError
 from .initialization import INITIALIZATIONS
 from .layers import AuxLosses, MoeLoraLinear, RoutedLayer, Shared
 from .layers.block import blocks_of
 from .layers.sites import SITES, Site
 from .lookup import lookup, with_options
+from .ops.finite import first_not_finite
 from .types import GateRescale, Place
 
 
@@ -185,6 +186,39 @@ class MoeLoraModel(BaseTuner):
             for key in [k for k, hook in hooks.items() if _owner(hook) is self.shared.call]:
                 del hooks[key]
         return self.model
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        """PEFT's own, which on the way out copies the weight of what stands there to what comes.
+
+        That is the same weight, but for PEFT's wrappers, which compute theirs, and for quantised
+        linears, which have none of that name.
+        """
+        if isinstance(new_module, RoutedLayer):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:
+            setattr(parent, child_name, new_module)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Any]
+    ) -> dict[str, Any]:
+        """PEFT's own, after a look at the values: every loader's way passes here.
+
+        Raises:
+            AdapterError: one is NaN or infinite.
+        """
+        broken = first_not_finite(state_dict)
+        if broken is not None:
+            raise AdapterError(
+                f"The adapter's tensor {broken} holds NaN or infinite numbers; its training "
+                "diverged, or the file is damaged: load an earlier checkpoint."
+            )
+        remapped: dict[str, Any] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        return remapped
 
     def _refuse_partial_merge(self, adapter_names: list[str] | None) -> None:
         """Ask every layer before the first is touched.

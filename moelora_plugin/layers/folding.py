@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import ConfigError, ExportError
 from ..experts import ExpertKind
+from ..quantization import is_plain
 from ..types import GateRescaleScope, LayerPlan
 from .gate_source import GateSource
 from .routed import RoutedLayer, Shared
@@ -177,7 +178,7 @@ class FoldingLinear(RoutedLayer):
 
     def _base_weight(self) -> nn.Parameter:
         weight = getattr(self.get_base_layer(), "weight", None)
-        if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
+        if not isinstance(weight, nn.Parameter) or not is_plain(weight):
             raise ExportError(
                 f"Cannot merge into {type(self.get_base_layer()).__name__}: its weight is "
                 "quantised; load the base in a floating-point dtype."

@@ -116,8 +116,6 @@ class MoeLoraLinear(FoldingLinear):
             router_plan: what a router here decides about; without one a `GateSource` must be set.
             module_name: the module's full name, for initialisations that look something up.
         """
-        if router_plan is not None:
-            self.add_router(adapter_name, config, router_plan, self.in_features)
         scaling = scale_of(config, plan, self.in_features)
         if config.universal_expert != "none":
             plan = plan.with_universal()
@@ -129,6 +127,9 @@ class MoeLoraLinear(FoldingLinear):
             self.in_features,
             self.out_features,
         )
+        _refuse_other_shapes(config.stored_shapes, module_name, experts.shapes())
+        if router_plan is not None:
+            self.add_router(adapter_name, config, router_plan, self.in_features)
         self.moelora_decoder.pop(adapter_name, None)
         self.moelora_mixture[adapter_name] = Mixture(
             plan,
@@ -359,6 +360,23 @@ def _expert_outputs(
     """Each expert's own output s B_i A_i x (M, E, O) for some tokens, without dropout."""
     x_MI = x_TI[index_M].to(next(iter(tensors.values())).dtype)
     return mixture.experts.outputs(tensors, x_MI, mixture.scaling)
+
+
+def _refuse_other_shapes(
+    stored: Mapping[str, tuple[int, ...]], module: str, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Compare with the adapter's file before anything of that size is made.
+
+    Raises:
+        ConfigError: a tensor there has another shape.
+    """
+    for name, shape in shapes.items():
+        tensor = f"moelora_{name}.weight" if name in ("A", "B") else f"moelora_extra.{name}"
+        found = stored.get(f"base_model.model.{module}.{tensor}", shape)
+        if tuple(found) != tuple(shape):
+            raise ConfigError(
+                f"{module}.{tensor} is {tuple(found)} in the file and would be {tuple(shape)}"
+            )
 
 
 def _features(base: nn.Module) -> tuple[int, int]:

@@ -15,10 +15,11 @@ from tiny import tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from moelora_plugin import MoeLoraConfig, load_adapter, save_adapter
-from moelora_plugin.checkpoint import base_fingerprint, read_manifest, verify_weights
+from moelora_plugin.checkpoint import read_manifest, verify_weights
 from moelora_plugin.errors import AdapterError, ConfigError, MissingDependencyError
 from moelora_plugin.files import atomic_directory, sha256_of
 from moelora_plugin.model import moelora_layers
+from moelora_plugin.recognition import base_fingerprint
 
 IDS = torch.arange(3, 27).view(2, 12)
 WEIGHTS = "adapter_model.safetensors"
