@@ -13,15 +13,17 @@ from rich.markup import escape
 from rich.table import Table
 from safetensors import safe_open
 
-from ..checkpoint import (
-    WEIGHTS_FILE,
-    read_adapter_config,
-    read_manifest,
-    resolve_adapter,
-    verify_weights,
-)
+from ..checkpoint import resolve_adapter, verify_config, verify_weights
 from ..config import PEFT_TYPE, MoeLoraConfig
 from ..errors import AdapterError
+from ..manifest import (
+    MANIFEST_FILE,
+    WEIGHTS_FILE,
+    entry,
+    not_understood,
+    read_adapter_config,
+    read_manifest,
+)
 from .names import natural_order, short_name
 
 
@@ -68,8 +70,10 @@ class AdapterSummary:
             "stored as": ", ".join(self.dtypes),
             "weights sha256": self.sha256,
         }
-        if "recipe" in self.manifest:
-            rows["trained"] = self._training()
+        if training := self._training():
+            rows["trained"] = training
+        if strange := not_understood(self.manifest):
+            rows["not understood"] = f"{MANIFEST_FILE}: {'; '.join(strange)}"
         head = Table(show_header=False, box=None, pad_edge=False)
         for name, value in rows.items():
             head.add_row(f"[bold]{name}[/bold]", escape(value))
@@ -90,16 +94,23 @@ class AdapterSummary:
         )
 
     def _training(self) -> str:
-        """One line of what the manifest says about the run."""
-        recipe = self.manifest["recipe"]
-        tasks = recipe["data"]["tasks"]
-        return (
-            f"on {', '.join(tasks)} with {recipe['optimizer']['name']}, {self.manifest['steps']} "
-            f"steps, final mean loss {self.manifest['train_loss']:.4f}"
-        )
+        """One line of what the manifest says about the run; empty where it says nothing."""
+        tasks = entry(self.manifest, "recipe", "data", "tasks")
+        optimizer = entry(self.manifest, "recipe", "optimizer", "name")
+        steps, loss = entry(self.manifest, "steps"), entry(self.manifest, "train_loss")
+        run = [
+            *([] if tasks is None else [f"on {', '.join(tasks)}"]),
+            *([] if optimizer is None else [f"with {optimizer}"]),
+        ]
+        facts = [
+            *([" ".join(run)] if run else []),
+            *([] if steps is None else [f"{steps} steps"]),
+            *([] if loss is None else [f"final mean loss {loss:.4f}"]),
+        ]
+        return ", ".join(facts)
 
     def _load_table(self) -> list[Table]:
-        routing = self.manifest.get("routing") or {}
+        routing = entry(self.manifest, "routing") or {}
         if not routing:
             return []
         table = Table(title="Expert load (share of selections)", title_justify="left")
@@ -134,6 +145,7 @@ def inspect_adapter(path: Path | str) -> AdapterSummary:
             f"{PEFT_TYPE} only."
         )
     digest = verify_weights(folder)
+    verify_config(folder)
     adapted: set[str] = set()
     total_ranks = []
     experts = routers = 0

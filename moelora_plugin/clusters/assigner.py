@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -24,17 +24,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..base_model import load_base_model
 from ..errors import AdapterError, ConfigError
 from ..files import atomic_directory, sha256_of, write_json
+from ..fingerprints import embedding_fingerprint, is_fingerprint, same_samples
 from ..lookup import lookup
 from .features import FEATURES, Features
 from .prompts import Prompts, read_prompts
 
 CENTROIDS_FILE = "clusters.safetensors"
 MANIFEST_FILE = "clusters.json"
-
-# As for an adapter's base: room for bf16 and fp16 copies of the same weights.
-_SAMPLES = 16
-_RELATIVE_TOLERANCE = 0.02
-_ABSOLUTE_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -101,7 +97,7 @@ class ClusterAssigner:
                     "seed": self.features.seed,
                     "sizes": list(self.sizes),
                     "base": self.features.base.name_or_path,
-                    "base_fingerprint": _fingerprint(self.features.base),
+                    "base_fingerprint": embedding_fingerprint(self.features.base),
                     "centroids_sha256": sha256_of(folder / CENTROIDS_FILE),
                 },
             )
@@ -130,7 +126,8 @@ class ClusterAssigner:
         centroids_CF = _read_centroids(folder, manifest)
         model = load_base_model(manifest["base"]) if model is None else model
         features = lookup("features", manifest["method"], FEATURES)(model, manifest["seed"])
-        if not _same(_fingerprint(features.base), manifest["base_fingerprint"]):
+        found, expected = embedding_fingerprint(features.base), manifest["base_fingerprint"]
+        if found and expected and not _are_same(found, expected):
             raise AdapterError(
                 f"The clusters in {folder} were made with the base {manifest['base']!r}, which has "
                 "other weights than this one; run `moelora cluster` again with this base."
@@ -149,6 +146,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         known = {"method", "seed", "sizes", "base", "base_fingerprint", "centroids_sha256"}
         if not known <= set(manifest):
             raise ConfigError(f"it lacks {sorted(known - set(manifest))[0]}")
+        fingerprint = manifest["base_fingerprint"]
+        if fingerprint is not None and not is_fingerprint(fingerprint, "shape"):
+            raise ConfigError("base_fingerprint must have a shape and finite samples")
     except (UnicodeDecodeError, ValueError, TypeError) as error:
         raise AdapterError(f"{file} is damaged ({error}); run `moelora cluster` again.") from error
     found: dict[str, Any] = manifest
@@ -165,17 +165,7 @@ def _read_centroids(folder: Path, manifest: Mapping[str, Any]) -> Tensor:
         raise AdapterError(f"{file} is damaged ({error}); run `moelora cluster` again.") from error
 
 
-def _fingerprint(base: PreTrainedModel) -> dict[str, Any]:
-    """Shape of the input embeddings and a few of their values: no adapter changes them."""
-    weight = cast(Tensor, base.get_input_embeddings().weight)
-    flat = weight.detach().flatten()
-    spread = [(2 * k + 1) * flat.numel() // (2 * _SAMPLES) for k in range(_SAMPLES)]
-    return {"shape": list(weight.shape), "samples": [float(flat[at]) for at in spread]}
-
-
-def _same(found: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:
-    close = (
-        abs(a - b) <= _RELATIVE_TOLERANCE * max(abs(a), abs(b)) + _ABSOLUTE_TOLERANCE
-        for a, b in zip(found["samples"], expected["samples"], strict=True)
+def _are_same(found: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:
+    return found["shape"] == expected["shape"] and same_samples(
+        found["samples"], expected["samples"]
     )
-    return found["shape"] == expected["shape"] and all(close)

@@ -11,11 +11,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..analysis.plots import plot_expert_load, plot_loss
-from ..checkpoint import read_manifest
 from ..errors import ConfigError
 from ..evaluation import BASE, EvaluationReport, EvaluationRequest, evaluate
 from ..export import export_adapter
 from ..files import refuse_existing
+from ..manifest import entry, read_manifest
 from ..training import TrainResult, load_recipe, train
 from .sources import base_model, hub_reachable, sst2_folder
 
@@ -131,17 +131,17 @@ def run_demo(
 
     console.rule("4/4  export")
     export_adapter(trained.adapter_dir, out / "adapter", eval_file=report.path, overwrite=overwrite)
-    routing = read_manifest(trained.adapter_dir)["routing"]
-    pictures = (
-        plot_loss(trained.log_history, out / "loss.png", "Film comments, gRAdamW 20/10/4"),
-        plot_expert_load(routing, out / "expert_load.png", "Expert load on film comments"),
-    )
+    routing = entry(read_manifest(trained.adapter_dir), "routing") or {}
+    pictures = [plot_loss(trained.log_history, out / "loss.png", "Film comments, gRAdamW 20/10/4")]
+    if routing:
+        picture = out / "expert_load.png"
+        pictures.append(plot_expert_load(routing, picture, "Expert load on film comments"))
     return DemoResult(
         out=out,
         data=source,
         training=trained,
         evaluation=report,
         exported=out / "adapter",
-        pictures=pictures,
+        pictures=tuple(pictures),
         seconds=time.perf_counter() - began,
     )

@@ -22,14 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from ..files import cache_folder, sha256_of, write_text
 from .harness import Predictions
 
 _PACKAGES = ("torch", "transformers", "peft", "lm_eval", "tokenizers", "accelerate")
 _SOURCES = ("moelora_plugin", "moelora_eval_tasks")
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class PredictionCache:
@@ -77,19 +75,6 @@ def environment() -> dict[str, str]:
     return {name: version(name) for name in _PACKAGES} | {"moelora": digest.hexdigest()}
 
 
-def weights_digest(model: Any) -> str:
-    """Digest of every weight, exact: per tensor the sum of its bits read as whole numbers.
-
-    One pass over the memory, in any order of summation the same, with nothing to convert.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        if isinstance(tensor, torch.Tensor):
-            total = tensor.detach().view(_BITS[tensor.element_size()]).sum()
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {int(total)}\n".encode())
-    return digest.hexdigest()
-
-
 def model_identity(
     base: Any, base_digest: str, processor: Any, adapter: Mapping[str, str] | None
 ) -> dict[str, Any]:
@@ -97,7 +82,7 @@ def model_identity(
 
     Args:
         base: the base model.
-        base_digest: its `weights_digest`.
+        base_digest: its `fingerprints.weights_digest`.
         processor: its tokenizer or processor.
         adapter: digests of the adapter's files; None is the base alone.
     """

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from moelora_eval_tasks.catalog import TASKS, Task
 from moelora_eval_tasks.loading import load_split
 
-from ..checkpoint import read_manifest, resolve_adapter
+from ..checkpoint import resolve_adapter
 from ..errors import MoeLoraError
+from ..manifest import entry, read_manifest
 from .harness import LoadedTasks
 
 if TYPE_CHECKING:
@@ -63,15 +64,16 @@ def _listed(overlap: Overlap, show: Callable[[int | None], str | None]) -> str:
 
 
 def _count(loaded: LoadedTasks, task: Task, manifest: Mapping[str, Any]) -> int | None:
-    if "recipe" not in manifest:
+    sources = entry(manifest, "data")
+    if entry(manifest, "recipe") is None or sources is None:
         return None
     trained: set[tuple[str, ...]] = set()
-    for source in manifest["data"]:
+    for source in sources:
         other = TASKS.get(source["task"])
         if other is None:
             return None
         if source["split"] == "train" and _same_dataset(task, other):
-            rows = _training_rows(other, loaded.data_dir, manifest["recipe"])
+            rows = _training_rows(other, loaded.data_dir, manifest)
             if rows is None or len(rows) != source["rows"]:
                 return None
             trained.update(_shown(rows, task, other))
@@ -81,10 +83,11 @@ def _count(loaded: LoadedTasks, task: Task, manifest: Mapping[str, Any]) -> int 
     return sum(row in trained for row in _shown(scored, task, task))
 
 
-def _training_rows(task: Task, data_dir: str | None, recipe: Mapping[str, Any]) -> Dataset | None:
+def _training_rows(task: Task, data_dir: str | None, manifest: Mapping[str, Any]) -> Dataset | None:
     """The rows that a recipe takes of a task; None where they are not at hand."""
+    limit, seed = entry(manifest, "recipe", "data", "limit"), entry(manifest, "recipe", "seed")
     try:
-        return load_split(task, "train", data_dir, recipe["data"]["limit"], recipe["seed"])
+        return None if seed is None else load_split(task, "train", data_dir, limit, seed)
     except MoeLoraError:  # no training split in this data folder, or no answer from the hub
         return None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import sys
@@ -20,6 +19,7 @@ from moelora_eval_tasks.loading import local_file
 
 from ..checkpoint import CONFIG_FILE, WEIGHTS_FILE, resolve_adapter
 from ..files import sha256_of
+from ..fingerprints import brief_digest
 
 if TYPE_CHECKING:
     from .harness import LoadedTasks
@@ -28,7 +28,6 @@ PACKAGES = (
     *("moelora", "torch", "transformers", "peft", "accelerate", "tokenizers", "bitsandbytes"),
     *("lm_eval", "datasets", "numpy", "scipy"),
 )
-_SAMPLES = 16  # values of each of the base's tensors that go into its fingerprint
 
 
 def environment() -> dict[str, Any]:
@@ -89,7 +88,7 @@ def model_of(model: Any) -> dict[str, Any]:
     return {
         "base": config.name_or_path,
         "revision": getattr(config, "_commit_hash", None),
-        "base_fingerprint": _fingerprint(model),
+        "base_fingerprint": brief_digest(model, _prefix(model)),
         "dtype": str(parameter.dtype),
         "quantization": None if quantization is None else _plain(_as_dict(quantization)),
         "attention": getattr(config, "_attn_implementation", None),
@@ -106,23 +105,10 @@ def adapter_of(path: str) -> dict[str, Any]:
     return {"path": path, "sha256": digests}
 
 
-def _fingerprint(model: Any) -> str | None:
-    """Digest of a few values of each of the base's tensors; the same with and without an adapter.
-
-    None where the weights are not materialised.
-    """
-    prefix = getattr(getattr(model, "base_model", None), "prefix", None)
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if prefix is not None and (prefix in name or "modules_to_save" in name):
-            continue
-        if parameter.is_meta:
-            return None
-        flat = parameter.detach().flatten()
-        step = max(1, flat.numel() // _SAMPLES)
-        values = [float(value) for value in flat[step // 2 :: step][:_SAMPLES].cpu()]
-        digest.update(json.dumps([list(parameter.shape), values]).encode())
-    return digest.hexdigest()
+def _prefix(model: Any) -> str | None:
+    """What marks the parameters of a model's adapter."""
+    prefix: str | None = getattr(getattr(model, "base_model", None), "prefix", None)
+    return prefix
 
 
 def _device_name(device: torch.device) -> str:

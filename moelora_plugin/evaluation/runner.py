@@ -46,7 +46,7 @@ def evaluate(request: EvaluationRequest) -> EvaluationReport:
     device = request.device if processes is None else str(processes.device)
     with Answers(loaded, request.batch_size, count, processes) as answers:
         for one in subjects(request, loaded.tasks, device):
-            cache = PredictionCache(one.identity) if request.cache else None
+            cache = PredictionCache(one.identity) if request.cache and one.identity else None
             answers.add(one.name, one.model, one.processor, one.task_ids, cache)
             models[one.name] = one.record
             del one  # or the next would have to share the memory with it

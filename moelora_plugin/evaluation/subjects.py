@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +13,10 @@ from moelora_eval_tasks.catalog import Task
 from ..base_model import load_base_model, load_config
 from ..checkpoint import check_adapter, load_adapter, read_adapter_config, resolve_adapter
 from ..errors import ConfigError
+from ..fingerprints import UnreadableError, weights_digest
 from ..processors import load_processor
 from . import provenance
-from .cache import model_identity, weights_digest
+from .cache import model_identity
 from .images import refuse_images
 from .lm.quiet import no_bars
 from .request import EvaluationRequest
@@ -32,7 +34,8 @@ class Subject:
         model: the model; valid until the next subject is asked for.
         processor: its tokenizer or, of a vision model, its processor.
         record: what the report says of it.
-        identity: what tells it from all other models, for the cache.
+        identity: what tells it from all other models, for the cache; None where that cannot be
+            told.
         task_ids: ids by task, where its adapter routes by them.
     """
 
@@ -40,7 +43,7 @@ class Subject:
     model: Any
     processor: Any
     record: Mapping[str, Any]
-    identity: Mapping[str, Any]
+    identity: Mapping[str, Any] | None
     task_ids: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -50,7 +53,7 @@ def subjects(
     """The base, if it is asked for, and then each adapter on it.
 
     After each adapter the base must be bitwise what it was; one that keeps trained biases or other
-    weights of the adapter is loaded anew.
+    weights of the adapter, or gives no digest, is loaded anew.
 
     Args:
         request: which models.
@@ -74,10 +77,10 @@ def subjects(
         return base.eval()
 
     base = load()
-    digest = weights_digest(base)
+    digest = _digest(base)
     if request.compare_base or not request.adapters:
         processor = load_processor(base_name, base.config, revision=revision)
-        identity = model_identity(base, digest, processor, None)
+        identity = None if digest is None else model_identity(base, digest, processor, None)
         yield Subject(BASE, base, processor, provenance.model_of(base), identity)
     for path, name in adapter_names(request.adapters).items():
         if base is None:
@@ -87,7 +90,11 @@ def subjects(
         )
         of_adapter = provenance.adapter_of(path)
         record = {**provenance.model_of(model), **of_adapter}
-        identity = model_identity(base, digest, processor, of_adapter["sha256"])
+        identity = (
+            None
+            if digest is None
+            else model_identity(base, digest, processor, of_adapter["sha256"])
+        )
         task_ids = trained_task_ids(model, path, tasks)
         yield Subject(name, model, processor, record, identity, task_ids)
         base = _without_adapter(model, digest)
@@ -104,13 +111,28 @@ def adapter_names(paths: Sequence[str]) -> dict[str, str]:
     return {path: path for path in paths}
 
 
-def _without_adapter(model: Any, digest: str) -> Any:
+def _digest(base: Any) -> str | None:
+    """The digest of the base's weights; None, with a warning, where they give none."""
+    try:
+        return weights_digest(base)
+    except UnreadableError as error:
+        warnings.warn(
+            f"The base's weights cannot be told from others ({error}), so its answers are not kept "
+            "and it is loaded anew for each adapter.",
+            stacklevel=2,
+        )
+        return None
+
+
+def _without_adapter(model: Any, digest: str | None) -> Any:
     """The base of an adapted model as it was, or None where it cannot be had back."""
+    if digest is None:
+        return None
     try:
         base = model.unload()
-    except (AttributeError, NotImplementedError):  # adapters that replace no modules
+        return base if weights_digest(base) == digest else None
+    except Exception:  # what an adapter's type cannot undo; the scores so far are worth more
         return None
-    return base if weights_digest(base) == digest else None
 
 
 def _common_base(request: EvaluationRequest) -> tuple[str, str | None]:

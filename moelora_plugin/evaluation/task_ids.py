@@ -7,9 +7,10 @@ from typing import Any
 
 from moelora_eval_tasks.catalog import Task, resolve
 
-from ..checkpoint import read_manifest, resolve_adapter
+from ..checkpoint import resolve_adapter
 from ..config import MoeLoraConfig
 from ..errors import ConfigError
+from ..manifest import entry, read_manifest
 
 
 def trained_task_ids(model: Any, adapter: str, tasks: Iterable[Task]) -> dict[str, int]:
@@ -25,16 +26,16 @@ def trained_task_ids(model: Any, adapter: str, tasks: Iterable[Task]) -> dict[st
     """
     configs = [config for config in model.peft_config.values() if isinstance(config, MoeLoraConfig)]
     by_task = [config for config in configs if config.router_input == "task"]
-    recipe = read_manifest(resolve_adapter(adapter)).get("recipe")
-    if not by_task or recipe is None:
+    tasks_of_recipe = entry(read_manifest(resolve_adapter(adapter)), "recipe", "data", "tasks")
+    if not by_task or tasks_of_recipe is None:
         return {}
-    trained = [task.name for task in resolve(recipe["data"]["tasks"])]
+    trained = [task.name for task in resolve(tasks_of_recipe)]
     names = [task.name for task in tasks]
     strange = [name for name in names if name not in trained]
     if strange and any(config.router_input_kwargs.get("default") is None for config in by_task):
         raise ConfigError(
             f"The adapter routes by task and was not trained on {strange[0]}; evaluate "
             f"{', '.join(trained)}, or set router_input_kwargs={{'default': ID}} in its "
-            "adapter_config.json."
+            "adapter_config.json, and in the config of its moelora.json."
         )
     return {name: trained.index(name) for name in names if name in trained}

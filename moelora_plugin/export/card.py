@@ -9,9 +9,9 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from ..checkpoint import WEIGHTS_FILE
 from ..errors import ConfigError
 from ..files import sha256_of
+from ..manifest import WEIGHTS_FILE, entry
 from .merged import Merge
 
 _PAPER = "[A Stronger Mixture of Low-Rank Experts](https://arxiv.org/abs/2502.15828) (ICML 2025)"
@@ -136,17 +136,20 @@ def _targets(value: Any) -> str:
 
 
 def _training(manifest: Mapping[str, Any]) -> dict[str, str]:
-    recipe = manifest.get("recipe")
-    if not recipe:
-        return {}
-    optimizer = recipe["optimizer"]
-    return {
-        "Trained on": _listing(list(recipe["data"]["tasks"])),
-        "Optimizer": f"{optimizer['name']}, lr {optimizer['lr']:g}, "
-        f"gate lr {optimizer['gate_lr']:g}",
-        "Steps": f"{manifest['steps']}",
-        "Trainable parameters": f"{manifest['trainable_parameters']:,}",
-    }
+    facts: dict[str, str] = {}
+    if (tasks := entry(manifest, "recipe", "data", "tasks")) is not None:
+        facts["Trained on"] = _listing(tasks)
+    if (name := entry(manifest, "recipe", "optimizer", "name")) is not None:
+        rates = {"lr": "lr", "gate_lr": "gate lr"}
+        found = {said: entry(manifest, "recipe", "optimizer", key) for key, said in rates.items()}
+        facts["Optimizer"] = ", ".join(
+            [name, *(f"{said} {rate:g}" for said, rate in found.items() if rate is not None)]
+        )
+    if (steps := entry(manifest, "steps")) is not None:
+        facts["Steps"] = f"{steps}"
+    if (number := entry(manifest, "trainable_parameters")) is not None:
+        facts["Trainable parameters"] = f"{number:,}"
+    return facts
 
 
 def _facts(facts: Mapping[str, Any]) -> str:

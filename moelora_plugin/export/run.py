@@ -17,19 +17,24 @@ from transformers import AutoConfig
 from ..analysis.names import short_name
 from ..base_model import load_config, resolve_dtype, shows_images
 from ..checkpoint import (
-    CONFIG_FILE,
-    MANIFEST_FILE,
-    WEIGHTS_FILE,
     check_adapter,
     load_adapter,
-    read_adapter_config,
-    read_manifest,
     resolve_adapter,
+    verify_config,
     verify_weights,
 )
 from ..config import PEFT_TYPE
 from ..errors import ConfigError, ExportError, MissingDependencyError
 from ..files import atomic_directory, refuse_existing, write_json, write_text
+from ..manifest import (
+    CONFIG_FILE,
+    MANIFEST_FILE,
+    WEIGHTS_FILE,
+    entry,
+    read_adapter_config,
+    read_manifest,
+)
+from .base_files import BaseFiles, restore_dtypes
 from .card import adapter_card, merged_card, public_base, read_scores
 from .merged import STRATEGIES, Merge, calibration_texts, merge_exact, merge_mean_gate
 
@@ -159,6 +164,7 @@ def _write_adapter(
     source: Path, out: Path, scores: str, *, base: str | None, overwrite: bool
 ) -> None:
     verify_weights(source)
+    verify_config(source)
     config = read_adapter_config(source)
     with atomic_directory(out, overwrite=overwrite) as folder:
         # Everything that belongs to the adapter; what else lies in a checkpoint folder (optimizer
@@ -194,16 +200,21 @@ def _write_merged(
     dtype: str,
 ) -> Merge:
     manifest = read_manifest(source)
+    name, revision = _base_of(source, base)
+    _refuse_quantised(name, revision)
     texts = []
     if strategy == "mean-gate":  # read before the base is loaded, as it may be what is missing
-        _refuse_images(check_adapter(source, base)[1])
-        trained_on = manifest.get("recipe", {}).get("data", {}).get("tasks", ())
+        _refuse_images(name)
+        trained_on = entry(manifest, "recipe", "data", "tasks") or ()
         texts = calibration_texts(tasks or trained_on, data_dir)
-    # Fold in fp32 and round once at the end, into the dtype the base is published in.
+    # Fold in fp32 and round once at the end, into the dtype that the base's file has.
     model, tokenizer = load_adapter(source, base=base, dtype="float32")
     merge = merge_exact(model) if strategy == "exact" else merge_mean_gate(model, tokenizer, texts)
-    name = base or str(model.peft_config["default"].base_model_name_or_path)
-    merged = model.unload().to(_published_dtype(name, dtype))
+    merged = model.unload()
+    files = BaseFiles.of(name, revision)
+    kept = files.of_other_dtype(set(getattr(merged, "_keep_in_fp32_modules_strict", None) or ()))
+    wide = {key: tensor.clone() for key, tensor in merged.state_dict().items() if key in kept}
+    merged.to(_main_dtype(name, revision, files, dtype))
     record = {
         "strategy": merge.strategy,
         "logit_error": merge.logit_error,
@@ -214,6 +225,7 @@ def _write_merged(
     merged.config.moelora_export = {k: v for k, v in record.items() if k != "layer_errors"}
     with atomic_directory(out, overwrite=overwrite) as folder:
         merged.save_pretrained(str(folder))
+        restore_dtypes(folder, files, kept, wide)
         tokenizer.save_pretrained(str(folder))
         write_json(folder / EXPORT_FILE, record)
         write_text(folder / "README.md", merged_card(name, merge, manifest, scores))
@@ -228,11 +240,30 @@ def _refuse_images(base: str) -> None:
         )
 
 
-def _published_dtype(base: str, dtype: str) -> torch.dtype:
+def _base_of(source: Path, base: str | None) -> tuple[str, str | None]:
+    """The folder or hub id of the base, and its revision."""
+    name = check_adapter(source, base)[1]
+    config = read_adapter_config(source)
+    return name, config.get("revision") if name == config.get("base_model_name_or_path") else None
+
+
+def _refuse_quantised(base: str, revision: str | None) -> None:
+    """A merge writes plain numbers, and a quantised base has none to add to."""
+    quantization = getattr(load_config(base, revision), "quantization_config", None)
+    if quantization is not None:
+        raise ExportError(
+            f"The base {base!r} is published quantised, so nothing can be folded into it exactly; "
+            "pass the floating-point original (--base), or share the adapter itself (--to "
+            "safetensors)."
+        )
+
+
+def _main_dtype(base: str, revision: str | None, files: BaseFiles, dtype: str) -> torch.dtype:
     if dtype != "auto":
         resolved = resolve_dtype(dtype, "cpu")
     else:
-        resolved = AutoConfig.from_pretrained(base).dtype or torch.float32
+        config = AutoConfig.from_pretrained(base, revision=revision)
+        resolved = files.main_dtype or config.dtype or torch.float32
     assert isinstance(resolved, torch.dtype)  # "auto" alone resolves to a string
     return resolved
 

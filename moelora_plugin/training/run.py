@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,9 @@ from transformers import (
 from moelora_eval_tasks.catalog import resolve
 
 from .. import MoeLoraConfig
-from ..checkpoint import save_adapter
+from ..checkpoint import extend_manifest, save_adapter
 from ..clusters import ClusterAssigner
-from ..errors import ConfigError
+from ..errors import ConfigError, first_line
 from ..files import refuse_existing, write_json, write_text
 from ..routers.scores.embedding import DEFAULT_NUM_IDS
 from .arguments import training_arguments
@@ -105,7 +106,6 @@ def train(
         outcome = trainer.train(resume_from_checkpoint=checkpoint)
         if not math.isfinite(outcome.training_loss):
             raise FloatingPointError(f"The loss became {outcome.training_loss}.")
-        eval_loss = trainer.evaluate()["eval_loss"] if evaluates else None
     except FloatingPointError as error:  # the optimizer raises it when a metric is not finite
         raise ConfigError(
             f"Training diverged; lower optimizer.lr ({recipe.optimizer.lr:g}), raise "
@@ -119,30 +119,52 @@ def train(
         adapter_dir=folder.adapter,
         steps=outcome.global_step,
         train_loss=outcome.training_loss,
-        eval_loss=eval_loss,
+        eval_loss=None,
         seconds=outcome.metrics["train_runtime"],
         trainable_parameters=trainable_parameters,
         rows=len(data.train),
         cut_rows=data.cut_rows,
         log_history=trainer.state.log_history,
     )
+    # First what cannot be had again: whatever is measured on it may fail.
     if arguments.should_save:
-        routing = record_routing(
-            model,
-            data.validation or data.train,
-            collator,
-            batch_size=arguments.per_device_eval_batch_size,
-        )
-        write_text(folder.recipe, yaml.safe_dump(recipe.to_dict(), sort_keys=False))
-        write_json(folder.log_history, result.log_history)
         save_adapter(
             model,
             folder.adapter,
             tokenizer=processor,
-            manifest=_manifest(recipe, data, processor, result, routing),
+            manifest=_manifest(recipe, data, processor, result),
             overwrite=overwrite or checkpoint is not None,
         )
-    return result
+        write_text(folder.recipe, yaml.safe_dump(recipe.to_dict(), sort_keys=False))
+    measured: dict[str, Any] = {}
+    if evaluates:
+        measured |= _measured("eval_loss", lambda: trainer.evaluate()["eval_loss"])
+    if arguments.should_save:
+        measured |= _measured(
+            "routing",
+            lambda: record_routing(
+                model,
+                data.validation or data.train,
+                collator,
+                batch_size=arguments.per_device_eval_batch_size,
+            ),
+        )
+        write_json(folder.log_history, result.log_history)
+        extend_manifest(folder.adapter, measured)
+    return replace(result, eval_loss=measured.get("eval_loss"))
+
+
+def _measured(name: str, measure: Callable[[], Any]) -> dict[str, Any]:
+    """One entry of the manifest, or none, with a warning, where the trained model fails at it."""
+    try:
+        return {name: measure()}
+    except Exception as error:  # out of memory, a metric that is not finite, ...: all is saved
+        logger.warning(
+            "The adapter is trained and saved, but %s could not be measured (%s).",
+            name,
+            first_line(error),
+        )
+        return {}
 
 
 def adapter_config(recipe: Recipe) -> MoeLoraConfig:
@@ -198,7 +220,6 @@ def _manifest(
     data: TrainingData,
     processor: Any,
     result: TrainResult,
-    routing: dict[str, Any],
 ) -> dict[str, Any]:
     """How the adapter came about, for whoever gets it."""
     settings = recipe.to_dict()
@@ -211,9 +232,7 @@ def _manifest(
         "image_processor": None if images is None else images.to_dict(),
         "steps": result.steps,
         "train_loss": result.train_loss,
-        "eval_loss": result.eval_loss,
         "trainable_parameters": result.trainable_parameters,
         "seconds": result.seconds,
         "packages": {name: version(name) for name in _RECORDED_PACKAGES},
-        "routing": routing,
     }
