@@ -11,7 +11,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -75,13 +75,13 @@ def brief_digest(model: nn.Module, prefix: str | None = None) -> str | None:
     return digest.hexdigest()
 
 
-def samples_of(weights: Sequence[Tensor]) -> list[float] | None:
+def samples_of(weights: Sequence[object]) -> list[float] | None:
     """Sixteen values, spread over the weights; None where there are none to be read."""
-    if not weights or not all(_has_values(weight) for weight in weights):
+    if not weights or not all(map(_has_values, weights)):
         return None
     samples = []
     for k in range(_SAMPLES):
-        flat = weights[k * len(weights) // _SAMPLES].detach().flatten()
+        flat = cast(Tensor, weights[k * len(weights) // _SAMPLES]).detach().flatten()
         samples.append(float(flat[(2 * k + 1) * flat.numel() // (2 * _SAMPLES)]))
     return samples
 
@@ -98,8 +98,8 @@ def embedding_fingerprint(model: nn.Module) -> dict[str, Any] | None:
         return None
     layer = getattr(layer, "original_module", layer)
     layer = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
-    weight = getattr(layer, "weight", None)
-    samples = None if weight is None else samples_of([weight])
+    weight: Any = getattr(layer, "weight", None)
+    samples = samples_of([weight])
     return None if samples is None else {"shape": list(weight.shape), "samples": samples}
 
 
@@ -151,7 +151,7 @@ def _parts(name: str, tensor: Tensor) -> list[Tensor]:
 def _sha256(name: str, tensor: Tensor) -> str:
     try:
         flat = tensor.cpu().contiguous().reshape(-1)
-        return hashlib.sha256(flat.view(torch.uint8).numpy()).hexdigest()
+        return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
     except (RuntimeError, TypeError) as error:
         raise UnreadableError(f"{name} does not give its bytes: {first_line(error)}") from error
 

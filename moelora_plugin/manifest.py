@@ -13,7 +13,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
 
 from .errors import AdapterError, first_line
 from .fingerprints import is_fingerprint, is_finite_number
@@ -188,7 +188,8 @@ def verify_config(folder: Path) -> None:
 
 def _defaults(peft_type: Any) -> dict[str, Any]:
     """The defaults of a PEFT type's configuration, as JSON has them."""
-    kind = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type) if isinstance(peft_type, str) else None
+    known: Mapping[Any, type[PeftConfig]] = PEFT_TYPE_TO_CONFIG_MAPPING
+    kind = known.get(peft_type) if isinstance(peft_type, str) else None
     found: dict[str, Any] = {}
     for field in fields(kind) if kind is not None else ():
         if field.default is not MISSING:

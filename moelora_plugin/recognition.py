@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from .errors import AdapterError, first_line
@@ -28,7 +27,7 @@ def base_fingerprint(model: nn.Module) -> dict[str, Any] | None:
     None where the base weights are not plain floating-point tensors (quantised or not
     materialised).
     """
-    weights: list[torch.Tensor] = [
+    weights: list[Any] = [
         getattr(layer.get_base_layer(), "weight", None) for layer in moelora_layers(model).values()
     ]
     samples = samples_of(weights)

@@ -9,6 +9,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
@@ -183,7 +184,7 @@ class FoldingLinear(RoutedLayer):
                 f"Cannot merge into {type(self.get_base_layer()).__name__}: its weight is "
                 "quantised; load the base in a floating-point dtype."
             )
-        return weight
+        return cast(nn.Parameter, weight)
 
     def _float_base_weight(self) -> Tensor:
         """The base's weight (O, I) in fp32 or wider, without gradient.
