@@ -51,7 +51,7 @@ from .manifest import (
 )
 from .ops.finite import first_not_finite
 from .processors import holds_processor, load_processor
-from .quantization import quantization_of
+from .quantization import quantization_of, state_of
 from .recognition import (
     record_base,
     refuse_other_name,
@@ -102,7 +102,8 @@ def save_adapter(
     """
     adapter = model.active_adapters[0]
     with atomic_directory(out, overwrite=overwrite) as folder:
-        model.save_pretrained(str(folder), selected_adapters=[adapter])
+        state = state_of(model) if quantization_of(model) else None
+        model.save_pretrained(str(folder), selected_adapters=[adapter], state_dict=state)
         # PEFT puts an adapter that is not called "default" into a folder of its name.
         nested = folder / adapter
         if adapter != "default" and nested.is_dir():
@@ -172,10 +173,19 @@ def load_adapter(
     """
     if isinstance(base, nn.Module):
         _refuse_adapted(base)
-    given = base.name_or_path if isinstance(base, PreTrainedModel) else base
+    adapter = read_adapter_config(resolve_adapter(path))
+    recorded = adapter.get("base_model_name_or_path")
+    if isinstance(base, PreTrainedModel):
+        given: str | None = base.name_or_path or recorded or type(base).__name__
+        if given == type(base).__name__ and not holds_processor(resolve_adapter(path), base.config):
+            raise ConfigError(
+                f"Neither {path} nor the base that is passed, which has no name, has a tokenizer "
+                "or processor; save it with the adapter (save_adapter(..., tokenizer=...))."
+            )
+    else:
+        given = base
     folder, name = check_adapter(path, given, allow_base_mismatch=allow_base_mismatch)
-    adapter = read_adapter_config(folder)
-    revision = adapter.get("revision") if name == adapter.get("base_model_name_or_path") else None
+    revision = adapter.get("revision") if name == recorded else None
     if isinstance(base, PreTrainedModel):
         base_model = base
     else:
@@ -360,10 +370,12 @@ def _refuse_adapted(base: nn.Module) -> None:
 
 
 def _refuse_other_tensors(folder: Path, model: PeftModel, stored: set[str]) -> None:
-    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    everything = state_of(model)
+    state = get_peft_model_state_dict(model, everything, save_embedding_layers=False)
     # PEFT saves embeddings whole where they were resized or are adapted, and reads them again.
     embeddings = tuple(f"{name}." for name in _embedding_names(model))
-    whole = {key for key in model.state_dict() if key.startswith(embeddings)}
+    inside = [key for key in everything if key.startswith(embeddings)]
+    whole = {*inside, *(key.replace(f".{model.active_adapter}.", ".") for key in inside)}
     missing, unknown = sorted(set(state) - stored), sorted(stored - set(state) - whole)
     if missing:
         raise AdapterError(

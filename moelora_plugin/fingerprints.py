@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .errors import first_line
+from .quantization import hidden_tensors, is_packed, state_of
 
 _SAMPLES = 16
 # bf16, fp16 and fp32 copies of a value differ by at most 2^-8 of it; 2 % leaves room for that and
@@ -31,17 +32,16 @@ class UnreadableError(Exception):
 
 
 def weights_digest(model: nn.Module) -> str:
-    """sha256 over name, kind, dtype, shape and bytes of everything in the model's state dict.
+    """sha256 over name, kind, dtype, shape and bytes of every parameter and every saved buffer.
+
+    Of quantised weights the scales count too, wherever they are kept.
 
     Raises:
         UnreadableError: a tensor has no values here (offloaded) or does not give its bytes.
     """
     digest = hashlib.sha256()
     known: dict[tuple[Any, ...], str] = {}
-    for name, value in model.state_dict().items():
-        if not isinstance(value, Tensor):  # what a quantised module adds of its settings
-            digest.update(f"{name} {value!r}\n".encode())
-            continue
+    for name, value in _everything(model):
         for part in _parts(name, value):
             place = (part.data_ptr(), part.dtype, part.shape, part.stride())  # tied weights
             if place not in known:
@@ -49,6 +49,17 @@ def weights_digest(model: nn.Module) -> str:
             kind = f"{type(value).__name__} {part.dtype} {tuple(part.shape)}"
             digest.update(f"{name} {kind} {known[place]}\n".encode())
     return digest.hexdigest()
+
+
+def _everything(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor that the model computes with, and its name."""
+    for name, tensor in state_of(model).items():
+        yield name, tensor
+        if type(tensor) not in (Tensor, nn.Parameter):
+            yield from ((f"{name}.{key}", inner) for key, inner in hidden_tensors(tensor))
+    for name, module in model.named_modules():
+        if is_packed(module):
+            yield from ((f"{name}.{key}", inner) for key, inner in hidden_tensors(module))
 
 
 def brief_digest(model: nn.Module, prefix: str | None = None) -> str | None:
