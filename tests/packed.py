@@ -58,17 +58,19 @@ class PackedLinear(nn.Module):
     def __init__(self, linear: nn.Linear, name: str = "qweight") -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self._name = name
+        self._name, self._has_computed = name, False
         packed = PackedTensor.of(linear.weight)
         self.register_buffer(name, packed.packed)
         self.register_buffer("scales", packed.scale)
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Being asked loses digits, as with bitsandbytes' linears on a CPU."""
-        self.scales.mul_(1.01)
+        """Being asked loses digits once it has computed, as with bitsandbytes' on a CPU."""
+        if self._has_computed:
+            self.scales.mul_(1.01)
         super()._save_to_state_dict(*args, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
+        self._has_computed = True
         weight = getattr(self, self._name).to(x.dtype) * self.scales
         return nn.functional.linear(x, weight)
 

@@ -108,9 +108,8 @@ def test_the_base_stays_what_it_is(quantise: Any, tmp_path: Path) -> None:
     assert torch.equal(logits(model), expected)
     with model.disable_adapter():
         assert torch.equal(logits(model), before)
-    other = quantise()
-    assert torch.equal(logits(other), before)
-    loaded, _ = load_adapter(tmp_path / "adapter", base=other)
+    # Not one that has computed: PEFT's own way of loading asks it for its state.
+    loaded, _ = load_adapter(tmp_path / "adapter", base=quantise())
     assert torch.equal(logits(loaded), expected)
     weights_digest(loaded)
     brief_digest(loaded)
