@@ -232,6 +232,7 @@ def _manifest(
         "image_processor": None if images is None else images.to_dict(),
         "steps": result.steps,
         "train_loss": result.train_loss,
+        "eval_loss": None,  # measured when the adapter is saved
         "trainable_parameters": result.trainable_parameters,
         "seconds": result.seconds,
         "packages": {name: version(name) for name in _RECORDED_PACKAGES},

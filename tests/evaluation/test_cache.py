@@ -108,6 +108,14 @@ def one_other_weight(base_folder: str, data_dir: Path) -> None:
     model.save_pretrained(base_folder)
 
 
+def weights_in_other_places(base_folder: str, data_dir: Path) -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        for linear in (model.lm_head, model.model.layers[0].mlp.up_proj):
+            linear.weight.copy_(linear.weight.flip(0))
+    model.save_pretrained(base_folder)
+
+
 def other_config(base_folder: str, data_dir: Path) -> None:
     path = Path(base_folder) / "config.json"
     config = json.loads(path.read_text())
@@ -121,7 +129,11 @@ def other_tokenizer(base_folder: str, data_dir: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [other_rows, other_labels, one_other_weight, other_config, other_tokenizer]
+    "change",
+    [
+        *(other_rows, other_labels, one_other_weight, weights_in_other_places),
+        *(other_config, other_tokenizer),
+    ],
 )
 def test_other_files_are_other_answers(
     run: Run, base_folder: str, tmp_path: Path, change: Callable[[str, Path], None]

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, LoraModel, PeftModel, PromptTuningConfig, get_peft_model
 from tiny import tiny_llama
 from transformers import LlamaForCausalLM
 
+from moelora_plugin import MoeLoraConfig
 from moelora_plugin.errors import ConfigError
 from moelora_plugin.evaluation import EvaluationReport, EvaluationRequest, evaluate, subjects
 
@@ -89,9 +90,12 @@ def test_each_scores_as_alone_whatever_its_type(
     [
         LoraConfig(r=2, target_modules=["q_proj"], bias="all"),
         LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+        LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa"),
+        LoraConfig(r=2, target_modules=["q_proj"], layer_replication=[[0, 2], [1, 2]]),
+        MoeLoraConfig(r=2, num_experts=2, top_k=1, trainable_token_indices=[40, 50]),
         PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
     ],
-    ids=["biases", "head", "prompt"],
+    ids=["biases", "head", "pissa", "more layers", "tokens", "prompt"],
 )
 def test_what_one_leaves_behind_does_not_reach_the_next(
     score: Any, base_folder: str, tmp_path: Path, config: Any
@@ -105,6 +109,20 @@ def test_what_one_leaves_behind_does_not_reach_the_next(
     same(together, score(second, tasks=("stsb",)), "second")
     ratings = [by_task["stsb"].pred.tolist() for by_task in together.predictions.values()]
     assert ratings[0] != ratings[1]
+
+
+def test_an_adapter_that_cannot_be_taken_off_costs_no_scores(
+    score: Any, adapter_folder: str, lora_folder: str, base_folder: str, loads: list[str]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LoraModel, "unload", _broken)
+        together = score(lora_folder, adapter_folder)
+    assert loads == 2 * [base_folder]
+    same(together, score(adapter_folder), "adapter")
+
+
+def _broken(model: Any) -> Any:
+    raise TypeError("cannot assign 'torch.FloatTensor' as parameter 'weight'")
 
 
 def test_a_base_with_changed_weights_is_loaded_anew(

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny import tiny_llama, tiny_tokenizer
 
+from moelora_plugin import load_adapter
 from moelora_plugin.errors import ConfigError, DataError, MissingDependencyError, MoeLoraError
-from moelora_plugin.training import Recipe, train
+from moelora_plugin.manifest import read_manifest
+from moelora_plugin.training import Recipe, run, train
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -82,3 +85,34 @@ def test_a_diverging_run_stops(make_recipe: MakeRecipe) -> None:
 def test_nothing_to_resume_from(make_recipe: MakeRecipe, resume: str) -> None:
     with pytest.raises(ConfigError, match="--resume"):
         train(make_recipe(), resume=resume)
+
+
+@pytest.mark.parametrize("what", ["eval_loss", "routing"])
+def test_what_is_measured_at_the_end_costs_no_adapter(
+    what: str,
+    make_recipe: MakeRecipe,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    recipe = make_recipe(training={"eval_strategy": "epoch", "num_train_epochs": 1})
+    evaluate = run.MoeLoraTrainer.evaluate
+    calls = []
+
+    def broken(*args: Any, **keys: Any) -> Any:
+        calls.append(args)
+        if what == "routing" or len(calls) > 1:  # the first evaluation is the epoch's
+            raise torch.OutOfMemoryError("Tried to allocate 2 GiB")
+        return evaluate(*args, **keys)
+
+    if what == "routing":
+        monkeypatch.setattr(run, "record_routing", broken)
+    else:
+        monkeypatch.setattr(run.MoeLoraTrainer, "evaluate", broken)
+    result = train(recipe)
+    assert f"saved, but {what} could not be measured (Tried to allocate 2 GiB)" in caplog.text
+    load_adapter(result.adapter_dir, device="cpu")
+    manifest = read_manifest(result.adapter_dir)
+    assert manifest.get(what) is None
+    assert manifest["steps"] == result.steps
+    assert (Path(recipe.output_dir) / "recipe.yaml").is_file()
+    assert (Path(recipe.output_dir) / "log_history.json").is_file()
