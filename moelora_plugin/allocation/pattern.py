@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
+from ..patterns import require_pattern, whole_name
 from ..types import LayerPlan, Place
-from .base import plan_from
+from .base import plan_from, require_values
 
 if TYPE_CHECKING:
     from ..config import MoeLoraConfig
@@ -38,8 +39,7 @@ def pattern(
         alpha: alpha by pattern.
 
     Raises:
-        ConfigError: no mapping, a pattern that is no regular expression, or a value that is not of
-            its kind.
+        ConfigError: no mapping, or a value that is not of its kind.
     """
     given = {"num_experts": num_experts, "top_k": top_k, "r": r, "alpha": alpha}
     values: dict[str, Any] = {}
@@ -50,18 +50,24 @@ def pattern(
             raise ConfigError(
                 f"allocation_kwargs[{axis!r}]={mapping!r} must map patterns to values."
             )
-        matching = (value for key, value in mapping.items() if _matches(axis, key, place.name))
+        matching = (value for key, value in mapping.items() if _matches(key, place.name))
         found = next(matching, None)
         if found is not None:
             values[axis] = found
     return plan_from(config, "allocation_kwargs", values)
 
 
-def _matches(axis: str, expression: str, name: str) -> bool:
-    try:
-        return re.fullmatch(rf"(.*\.)?({expression})", name) is not None
-    except re.error as error:
-        raise ConfigError(
-            f"allocation_kwargs[{axis!r}] has the pattern {expression!r}, which is no regular "
-            f"expression: {error}."
-        ) from error
+def check_pattern(config: MoeLoraConfig) -> None:
+    """Without a base: patterns have to be such, and the values of their kinds.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    for axis, mapping in config.allocation_kwargs.items():
+        for expression, value in (mapping or {}).items():
+            require_pattern(f"allocation_kwargs[{axis!r}]", whole_name(expression))
+            require_values(f"allocation_kwargs[{axis!r}][{expression!r}]", {axis: value})
+
+
+def _matches(expression: str, name: str) -> bool:
+    return re.fullmatch(whole_name(expression), name) is not None

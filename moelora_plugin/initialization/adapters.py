@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..base_model import HUB_ERRORS
 from ..errors import AdapterError, ConfigError, first_line
+from ..values import SavedPaths
 from .base import Initialization, InitInput
 from .kaiming import Kaiming
 
@@ -80,12 +81,15 @@ class Adapters(Initialization):
                 raise ConfigError(
                     f"init_kwargs[{key!r}]={value!r} must be a list of folders or hub ids."
                 )
+        # A saved adapter's experts have the values of these adapters already.
+        self.is_saved = isinstance(paths, SavedPaths) or isinstance(subtract, SavedPaths)
         if not paths:
             raise ConfigError("init_kwargs['paths'] must name an adapter for each expert.")
         self.paths, self.subtract = tuple(paths), tuple(subtract)
 
     def check_targets(self, names: Sequence[str]) -> None:
         """See the base class."""
+        self._refuse_saved()
         for path in (*self.paths, *self.subtract):
             left_out = sorted(set(_Adapter(path).modules) - set(names))
             if left_out:
@@ -97,6 +101,7 @@ class Adapters(Initialization):
 
     def __call__(self, inputs: InitInput) -> None:
         """Copy each adapter's part for this module into its expert."""
+        self._refuse_saved()
         if len(self.paths) != len(inputs.experts):
             raise ConfigError(
                 f"init_kwargs['paths'] names {len(self.paths)} adapters for "
@@ -120,6 +125,14 @@ class Adapters(Initialization):
             _copy(own_a, a, path, inputs.module_name)
             scale = adapter.scale(inputs.module_name, rank=len(own_a)) / inputs.scaling
             _copy(own_b.T * scale, b.T, path, inputs.module_name)
+
+    def _refuse_saved(self) -> None:
+        if self.is_saved:
+            raise ConfigError(
+                "init_kwargs of a saved configuration names the adapters that its experts were "
+                "made of, and none is opened because a file says so; to start from adapters, make "
+                "the configuration by MoeLoraConfig(...) with init_kwargs={'paths': [...]}."
+            )
 
 
 def _refuse_shared_factors(inputs: InitInput) -> None:
