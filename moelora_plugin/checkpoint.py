@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 
 from . import __version__
 from .base_model import HUB_ERRORS, load_base_model
+from .config import PEFT_TYPE, MoeLoraConfig
 from .errors import (
     AdapterError,
     ConfigError,
@@ -176,11 +177,14 @@ def check_adapter(
 
     Raises:
         AdapterError: damaged files, or another base.
-        ConfigError: no base is known.
+        ConfigError: no base is known, or the configuration cannot be.
         MissingDependencyError: not a folder, and the hub cannot be reached.
     """
     folder = resolve_adapter(path)
-    recorded = read_adapter_config(folder).get("base_model_name_or_path")
+    content = read_adapter_config(folder)
+    if content.get("peft_type") == PEFT_TYPE:
+        MoeLoraConfig.from_pretrained(str(folder))  # refuses, before the base takes its time
+    recorded = content.get("base_model_name_or_path")
     verify_weights(folder)
     name = base or recorded
     if not name:

@@ -78,10 +78,10 @@ def _found(config: MoeLoraConfig, kind: Family, name: str) -> Any:
     part = find(kind.name, name)
     if part is None:
         close = nearest(name, table, limit=1)
-        hint = f" (like {close[0]!r})" if close else ""
+        hint = f" (is {close[0]!r} meant?)" if close else ""
         raise ConfigError(
-            f"The saved configuration names the {kind.what} {name!r}, which is neither built in"
-            f"{hint} nor registered here, and nothing is imported because a file says so; "
+            f"The saved configuration names the {kind.what} {name!r}, which is neither built in "
+            f"nor registered here{hint}, and nothing is imported because a file says so; "
             f"{how_to_add(kind.name, name)}."
         )
     return part

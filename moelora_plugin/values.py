@@ -164,8 +164,15 @@ def in_words(hint: Any) -> str:
     if issubclass(kind, Enum):
         return "one of " + ", ".join(repr(member.value) for member in kind)
     if issubclass(kind, Mapping):
-        return "a mapping" + (f" to {in_words(parts[1])}" if parts and parts[1] is not Any else "")
+        return "a mapping" + (
+            f" of names to {in_words(parts[1])}" if parts and parts[1] is not Any else ""
+        )
     if issubclass(kind, Sequence):
-        inner = in_words(parts[0]).removeprefix("an ").removeprefix("a ") if parts else ""
-        return f"a list of {inner}" if inner else "a list"
+        return f"a list of {_in_plural(parts[0])}" if parts else "a list"
     return f"a {kind.__name__}"
+
+
+def _in_plural(hint: Any) -> str:
+    words = in_words(hint).removeprefix("an ").removeprefix("a ")
+    first, space, rest = words.partition(" ")
+    return words if first in ("true", "one") else f"{first}s{space}{rest}"

@@ -66,28 +66,32 @@ def plan_of(
     return LayerPlan(num_experts, top_k, (r // num_experts,) * num_experts, alpha, scale_rank=r)
 
 
-def plan_from(config: MoeLoraConfig, where: str, values: Mapping[str, Any]) -> LayerPlan:
+def plan_from(
+    config: MoeLoraConfig, where: str, values: Mapping[str, Any], ranks: str = "r"
+) -> LayerPlan:
     """The plan of one module, from an allocation's values and the configuration's for the rest.
 
     Args:
         config: the adapter's.
         where: what holds the values, for errors ("allocation_kwargs").
         values: by the names in `AXES`; `r` may be a list, one rank per expert.
+        ranks: what `r` is called there.
 
     Raises:
         ConfigError: a value is not of its kind, or they do not fit together.
     """
-    require_values(where, values)
+    require_values(where, values, ranks)
     full = {axis: values.get(axis, getattr(config, key)) for axis, key in AXES.items()}
     return plan_of(config, **full)
 
 
-def require_values(where: str, values: Mapping[str, Any]) -> None:
+def require_values(where: str, values: Mapping[str, Any], ranks: str = "r") -> None:
     """Refuse values that are not of their axis' kind.
 
     Args:
         where: what holds the values, for errors ("allocation_kwargs").
         values: by the names in `AXES`.
+        ranks: what `r` is called there.
 
     Raises:
         ConfigError: with the key to change.
@@ -102,7 +106,8 @@ def require_values(where: str, values: Mapping[str, Any]) -> None:
         else:
             good, what = _is_count(value), "an integer of at least 1"
         if isinstance(value, bool) or not good:
-            raise ConfigError(f"{where}[{axis!r}]={shown(value)} must be {what}.")
+            key = ranks if axis == "r" else axis
+            raise ConfigError(f"{where}[{key!r}]={shown(value)} must be {what}.")
 
 
 def _require_size(num_experts: int, r: int | Sequence[int], *, split: bool) -> None:

@@ -77,7 +77,7 @@ def _plan_of(config: MoeLoraConfig, name: str, entry: Any) -> LayerPlan:
     values = {"r" if key == "ranks" else key: value for key, value in entry.items()}
     if "num_experts" not in values and isinstance(values.get("r"), list | tuple):
         values["num_experts"] = len(values["r"])
-    return plan_from(config, where, values)
+    return plan_from(config, where, values, ranks="ranks")
 
 
 def _is_suffix(first: str, second: str) -> bool:
