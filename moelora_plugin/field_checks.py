@@ -74,8 +74,8 @@ def check_patterns(config: MoeLoraConfig) -> None:
         ConfigError: naming the key.
     """
     require = require_cheap if config.is_saved else require_pattern
-    for key, pattern in _patterns(config):
-        require(key, pattern)
+    for key, pattern, matched in _patterns(config):
+        require(key, pattern, matched)
 
 
 def _check_numbers(config: MoeLoraConfig) -> None:
@@ -151,24 +151,24 @@ def _check_choice(config: MoeLoraConfig, key: str, choices: tuple[str, ...]) -> 
         raise ConfigError(f"{key}={shown(value)} must be one of {', '.join(map(repr, choices))}.")
 
 
-def _patterns(config: MoeLoraConfig) -> Iterator[tuple[str, str]]:
-    """Every regular expression, as it is matched, with the key that holds it."""
+def _patterns(config: MoeLoraConfig) -> Iterator[tuple[str, str, str]]:
+    """The key that holds a regular expression, the expression, and what is made of it."""
     for key in ("target_modules", "exclude_modules"):
         if isinstance(getattr(config, key), str):
-            yield key, getattr(config, key)
+            yield key, getattr(config, key), getattr(config, key)
     names = config.layers_pattern or []
     for name in [names] if isinstance(names, str) else names:
-        yield "layers_pattern", rf"(?:^|.*?\.){name}\.(?P<idx>\d+)\."
+        yield "layers_pattern", name, rf"(?:^|.*?\.){name}\.(?P<idx>\d+)\."
     for name in config.modules_to_save or []:
-        yield "modules_to_save", rf"(^|.*\.){name}($|\..*)"
+        yield "modules_to_save", name, rf"(^|.*\.){name}($|\..*)"
     if config.allocation == "pattern":
         for axis, mapping in config.allocation_kwargs.items():
             for expression in mapping or ():
-                yield f"allocation_kwargs[{axis!r}]", whole_name(expression)
+                yield f"allocation_kwargs[{axis!r}]", expression, whole_name(expression)
     if config.site in ("linear", "layer", "block"):
         for option, value in config.site_kwargs.items():
             for expression in _texts(value):
-                yield f"site_kwargs[{option!r}]", expression
+                yield f"site_kwargs[{option!r}]", expression, expression
 
 
 @functools.cache

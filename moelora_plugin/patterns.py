@@ -30,8 +30,13 @@ _OTHER = frozenset({128})
 _ANCHORS = ("AT", "ASSERT", "ASSERT_NOT")
 
 
-def require_pattern(key: str, pattern: str) -> None:
+def require_pattern(key: str, pattern: str, matched: str | None = None) -> None:
     """Refuse what is no regular expression.
+
+    Args:
+        key: where it stands.
+        pattern: the expression.
+        matched: what is made of it to match by, where that is more.
 
     Raises:
         ConfigError: naming the key.
@@ -39,21 +44,26 @@ def require_pattern(key: str, pattern: str) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            re.compile(pattern)
+            re.compile(pattern if matched is None else matched)
     except (re.error, OverflowError, RecursionError) as error:
         raise ConfigError(
             f"{key} has the pattern {shown(pattern)}, which is no regular expression: {error}."
         ) from error
 
 
-def require_cheap(key: str, pattern: str) -> None:
+def require_cheap(key: str, pattern: str, matched: str | None = None) -> None:
     """Refuse what is no regular expression, or one that could take very long on some name.
+
+    Args:
+        key: where it stands.
+        pattern: the expression.
+        matched: what is made of it to match by, where that is more.
 
     Raises:
         ConfigError: naming the key.
     """
-    require_pattern(key, pattern)
-    if ways(pattern) > _MAX_WAYS:
+    require_pattern(key, pattern, matched)
+    if ways(pattern if matched is None else matched) > _MAX_WAYS:
         raise ConfigError(
             f"{key} has the pattern {shown(pattern)}, which can match in so many ways that trying "
             "them could take for ever, so it is not taken from a saved file; write names in its "

@@ -39,7 +39,8 @@ def pattern(
         alpha: alpha by pattern.
 
     Raises:
-        ConfigError: no mapping, or a value that is not of its kind.
+        ConfigError: no mapping, a pattern that is no regular expression, or a value that is not of
+            its kind.
     """
     given = {"num_experts": num_experts, "top_k": top_k, "r": r, "alpha": alpha}
     values: dict[str, Any] = {}
@@ -50,7 +51,7 @@ def pattern(
             raise ConfigError(
                 f"allocation_kwargs[{axis!r}]={mapping!r} must map patterns to values."
             )
-        matching = (value for key, value in mapping.items() if _matches(key, place.name))
+        matching = (value for key, value in mapping.items() if _matches(axis, key, place.name))
         found = next(matching, None)
         if found is not None:
             values[axis] = found
@@ -65,9 +66,10 @@ def check_pattern(config: MoeLoraConfig) -> None:
     """
     for axis, mapping in config.allocation_kwargs.items():
         for expression, value in (mapping or {}).items():
-            require_pattern(f"allocation_kwargs[{axis!r}]", whole_name(expression))
+            require_pattern(f"allocation_kwargs[{axis!r}]", expression, whole_name(expression))
             require_values(f"allocation_kwargs[{axis!r}][{expression!r}]", {axis: value})
 
 
-def _matches(expression: str, name: str) -> bool:
+def _matches(axis: str, expression: str, name: str) -> bool:
+    require_pattern(f"allocation_kwargs[{axis!r}]", expression, whole_name(expression))
     return re.fullmatch(whole_name(expression), name) is not None

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..base_model import HUB_ERRORS
 from ..errors import AdapterError, ConfigError, first_line
+from ..patterns import require_cheap, whole_name
 from ..values import SavedPaths
 from .base import Initialization, InitInput
 from .kaiming import Kaiming
@@ -190,6 +191,10 @@ class _Adapter:
     def scale(self, module: str, rank: int) -> float:
         """The adapter's own scale in a module, patterns matched as PEFT matches them."""
         alphas = self.config.get("alpha_pattern") or {}
+        for pattern in alphas:
+            require_cheap(
+                f"alpha_pattern of the adapter {self.path!r}", pattern, whole_name(pattern)
+            )
         alpha = alphas.get(get_pattern_key(list(alphas), module), self.config["lora_alpha"])
         return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 

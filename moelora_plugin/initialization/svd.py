@@ -112,10 +112,10 @@ class Pissa(SvdInitialization):
         self, *, rho: float = 1.0, init_cof: float | None = None, niter: int | None = None
     ) -> None:
         super().__init__(rho=rho, init_cof=init_cof)
-        if niter is not None and not 1 <= niter <= MAX_ROUNDS:
-            raise ConfigError(
-                f"init_kwargs['niter']={niter!r} must be from 1 to {MAX_ROUNDS:,} or null."
-            )
+        if niter is not None and not niter >= 1:
+            raise ConfigError(f"init_kwargs['niter']={niter!r} must be at least 1 or null.")
+        if niter is not None and niter > MAX_ROUNDS:
+            raise ConfigError(f"init_kwargs['niter']={niter} must not be more than {MAX_ROUNDS:,}.")
         self.niter = niter
 
     def components(self, plan: LayerPlan, number: int) -> list[range]:

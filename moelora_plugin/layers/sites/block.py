@@ -11,7 +11,6 @@ from torch import nn
 
 from ...config import MoeLoraConfig
 from ...errors import ConfigError
-from ...patterns import require_pattern
 from ...types import LayerPlan, Place
 from ..block import BlockGates, MoeLoraBlock
 from ..gate_source import AlwaysOn
@@ -80,7 +79,12 @@ class BlockSite(Site):
         **options: Any,
     ) -> None:
         """A regular expression and a rank; and no universal expert."""
-        require_pattern("site_kwargs['block']", block)
+        try:
+            re.compile(block)
+        except (re.error, TypeError) as error:
+            raise ConfigError(
+                f"site_kwargs['block']={block!r} must be a regular expression ({error})."
+            ) from error
         if single_rank is not None and not (isinstance(single_rank, int) and single_rank >= 1):
             raise ConfigError(
                 f"site_kwargs['single_rank']={single_rank!r} must be an integer of at least 1."
