@@ -6,7 +6,6 @@ Shape suffixes: I in, O out; r is one adapter's rank.
 from __future__ import annotations
 
 import functools
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,8 +19,9 @@ from torch import Tensor
 
 from ..base_model import HUB_ERRORS
 from ..errors import AdapterError, ConfigError, first_line
+from ..field_checks import read_json
 from ..patterns import require_cheap, whole_name
-from ..values import SavedPaths
+from ..values import SavedPaths, fits, require_plain
 from .base import Initialization, InitInput
 from .kaiming import Kaiming
 
@@ -186,15 +186,12 @@ class _Adapter:
         self.folder = _local_folder(path)
         self.config = self._read_config()
         self._refuse_other_than_lora()
+        self._refuse_damage()
         self.modules = self._read_modules()
 
     def scale(self, module: str, rank: int) -> float:
         """The adapter's own scale in a module, patterns matched as PEFT matches them."""
         alphas = self.config.get("alpha_pattern") or {}
-        for pattern in alphas:
-            require_cheap(
-                f"alpha_pattern of the adapter {self.path!r}", pattern, whole_name(pattern)
-            )
         alpha = alphas.get(get_pattern_key(list(alphas), module), self.config["lora_alpha"])
         return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
@@ -208,18 +205,39 @@ class _Adapter:
                 f"The adapter {self.path!r} has no factors for {module} ({first_line(error)}); use "
                 "adapters that adapt the same modules."
             ) from error
+        if not (a.isfinite().all() and b.isfinite().all()):
+            raise AdapterError(
+                f"The adapter {self.path!r} has weights for {module} that are no finite numbers; "
+                "take it out of init_kwargs."
+            )
         dtype = torch.promote_types(a.dtype, torch.float32)
         return a.to(dtype), b.to(dtype)
 
     def _read_config(self) -> dict[str, Any]:
         try:
-            config = json.loads((self.folder / _CONFIG).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            config = read_json(self.folder / _CONFIG)
+            if not isinstance(config, dict):
+                raise ValueError(f"it holds a {type(config).__name__}, not an object")
+        except (OSError, ValueError) as error:
             raise AdapterError(
                 f"{self.folder / _CONFIG} is not valid JSON ({first_line(error)}); save the "
                 "adapter again."
             ) from error
-        return dict(config)
+        return config
+
+    def _refuse_damage(self) -> None:
+        """What is read of the configuration has to be of its type."""
+        config, where = self.config, f"{self.folder / _CONFIG}: "
+        alphas = config.get("alpha_pattern") or {}
+        if not fits(alphas, dict[str, float]) or not fits(config.get("lora_alpha"), float):
+            raise AdapterError(
+                f"{where}lora_alpha must be a number, and alpha_pattern map names to numbers; save "
+                "the adapter again."
+            )
+        for key in ("lora_alpha", "alpha_pattern"):
+            require_plain(f"{where}{key}", config.get(key))
+        for pattern in alphas:  # PEFT matches by it
+            require_cheap(f"{where}alpha_pattern", pattern, whole_name(pattern))
 
     def _refuse_other_than_lora(self) -> None:
         config = self.config

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 from copy import deepcopy
 from dataclasses import replace
 
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_config, get_peft_model
+from safetensors.torch import load_file, save_file
 from tiny import tiny_llama, tiny_tokenizer
 from torch import nn
 
@@ -245,3 +247,45 @@ def test_code_beside_a_base_or_a_tokenizer_is_not_run(edited, saved, tmp_path):
         with pytest.raises(ConfigError, match=r"trust_remote_code|custom code"):
             load_adapter(folder, device="cpu")
     assert not (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"alpha_pattern": {"(a+)+": 4}}, r"alpha_pattern has the pattern '\(a\+\)\+', which can"),
+        ({"alpha_pattern": {"(": 4}}, "alpha_pattern has the pattern '\\(', which is no regular"),
+        ({"alpha_pattern": [1]}, "alpha_pattern map names to numbers"),
+        ({"alpha_pattern": {"q_proj": "4"}}, "alpha_pattern map names to numbers"),
+        ({"lora_alpha": None}, "lora_alpha must be a number"),
+        ({"lora_alpha": float("nan")}, "lora_alpha=nan must be a finite number"),
+        ({"lora_alpha": True}, "lora_alpha must be a number"),
+        (None, "holds a NoneType, not an object"),
+        ([], "holds a list, not an object"),
+    ],
+)
+def test_a_lora_that_experts_are_made_of_is_read_with_care(values, message, loras, tmp_path):
+    folder = tmp_path / "lora"
+    shutil.copytree(loras[0], folder)
+    file = folder / "adapter_config.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, **values} if isinstance(values, dict) else values))
+    config = MoeLoraConfig(
+        **{"init": "adapters", "init_kwargs": {"paths": [str(folder)]}, "target_modules": TARGETS},
+        **{"num_experts": 1, "top_k": 1, "r": 2},
+    )
+    with pytest.raises((AdapterError, ConfigError), match=message):
+        get_peft_model(base(), config)
+
+
+def test_a_lora_without_finite_weights_becomes_no_expert(loras, tmp_path):
+    folder = tmp_path / "lora"
+    shutil.copytree(loras[0], folder)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = MoeLoraConfig(
+        **{"init": "adapters", "init_kwargs": {"paths": [str(folder)]}, "target_modules": TARGETS},
+        **{"num_experts": 1, "top_k": 1, "r": 2},
+    )
+    with pytest.raises(AdapterError, match="that are no finite numbers"):
+        get_peft_model(base(), config)
