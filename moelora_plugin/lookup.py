@@ -8,10 +8,11 @@ dict from name to object; `families` says which there are and how others add to 
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from types import SimpleNamespace
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 from .errors import ConfigError
 from .families import FAMILIES, find, how_to_add, import_part
@@ -102,21 +103,39 @@ def check_options(key: str, method: Callable[..., Any], options: Mapping[str, An
         ConfigError: an option that the method does not have, one that is missing, or one that is
             not of the type that the method's signature says.
     """
-    parameters = inspect.signature(method).parameters.values()
-    known = {p.name: p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    known = _options(method)
     unknown = sorted(set(options) - set(known))
     if unknown and not known:
         raise ConfigError(f"{key} has no key {unknown[0]!r}: this method has no options.")
     if unknown:
         raise ConfigError(unknown_key_message(key, unknown[0], known))
-    hints = _hints(method)
     for name, value in options.items():
-        if name in hints and not fits(value, hints[name]):
-            raise ConfigError(f"{key}[{name!r}]={shown(value)} must be {in_words(hints[name])}.")
-    for name, parameter in known.items():
-        if parameter.default is parameter.empty and name not in options:
-            wanted = f", {in_words(hints[name])}" if name in hints else ""
+        if not fits(value, known[name].hint):
+            raise ConfigError(
+                f"{key}[{name!r}]={shown(value)} must be {in_words(known[name].hint)}."
+            )
+    for name, option in known.items():
+        if option.required and name not in options:
+            wanted = "" if option.hint is Any else f", {in_words(option.hint)}"
             raise ConfigError(f"{key} needs the key {name!r}{wanted}.")
+
+
+class Option(NamedTuple):
+    """What a method's signature says of one of its options."""
+
+    hint: Any  # `Any` where the type cannot be told
+    required: bool
+
+
+@functools.cache  # every layer asks
+def _options(method: Callable[..., Any]) -> dict[str, Option]:
+    """A method's options by name."""
+    hints = _hints(method)
+    return {
+        name: Option(hints.get(name, Any), parameter.default is parameter.empty)
+        for name, parameter in inspect.signature(method).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
 
 
 def _hints(method: Callable[..., Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from moelora_plugin import PRESETS, MoeLoraConfig, families
 from moelora_plugin.errors import ConfigError
 from moelora_plugin.families import FAMILIES
 from moelora_plugin.integrations.options import adapter_config
-from moelora_plugin.lookup import _hints
+from moelora_plugin.lookup import _options
 from moelora_plugin.routers import TopKRouter
 from moelora_plugin.values import fits
 
@@ -104,7 +104,7 @@ WRONG = [None, True, "text", 0.5, -1, [], [None], {}, {"a": {}}, "", 2**40]
 
 @pytest.mark.parametrize(("kind", "name", "option"), OPTIONS, ids=lambda x: getattr(x, "name", x))
 def test_a_value_of_another_type_is_a_sentence_with_its_option(kind, name, option):
-    hint = _hints(kind.built_in()[name])[option]
+    hint = _options(kind.built_in()[name])[option].hint
     wrong = [value for value in WRONG if not fits(value, hint)]
     assert len(wrong) >= 4, "what the part takes is said by the type of its option"
     for value in wrong:
