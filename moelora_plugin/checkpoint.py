@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 
 from . import __version__
 from .base_model import HUB_ERRORS, load_base_model
+from .config import PEFT_TYPE, MoeLoraConfig
 from .errors import (
     AdapterError,
     ConfigError,
@@ -176,11 +177,15 @@ def check_adapter(
 
     Raises:
         AdapterError: damaged files, or another base.
-        ConfigError: no base is known.
+        ConfigError: no base is known, or the configuration cannot be.
         MissingDependencyError: not a folder, and the hub cannot be reached.
     """
     folder = resolve_adapter(path)
-    recorded = read_adapter_config(folder).get("base_model_name_or_path")
+    content = read_adapter_config(folder)
+    if content.get("peft_type") == PEFT_TYPE:
+        MoeLoraConfig.from_pretrained(str(folder))  # refuses, before the base takes its time
+    _refuse_imports(content, folder)
+    recorded = content.get("base_model_name_or_path")
     verify_weights(folder)
     name = base or recorded
     if not name:
@@ -276,6 +281,16 @@ def base_fingerprint(model: nn.Module) -> dict[str, Any] | None:
         "shapes_sha256": hashlib.sha256(shapes.encode()).hexdigest(),
         "samples": samples,
     }
+
+
+def _refuse_imports(config: Mapping[str, Any], folder: Path) -> None:
+    """PEFT imports the module that a LoRA's file calls Megatron's; old releases whatever it is."""
+    module = config.get("megatron_core")
+    if config.get("megatron_config") and not str(module).startswith("megatron."):
+        raise AdapterError(
+            f"{CONFIG_FILE} in {folder} wants {module!r} to be imported as megatron_core, which "
+            "nothing but Megatron is; take megatron_config out of it."
+        )
 
 
 def _refuse_other_name(base: str, recorded: str | None) -> None:
