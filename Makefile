@@ -12,9 +12,10 @@ HOSTS_ARGS ?= -n 2 --dist loadfile
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+FUZZ_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-hosts test-data methods-table lint format type imports check wheel bench clean
+.PHONY: help install demo test test-slow test-hosts test-data fuzz methods-table lint format type imports check wheel bench clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
@@ -51,6 +52,9 @@ test-data: $(INSTALLED)  ## Run the checks on real rows (MOELORA_DATA_DIR=folder
 	@test -n "$$MOELORA_DATA_DIR" || { \
 	  echo "MOELORA_DATA_DIR is not set; name a data folder: make test-data MOELORA_DATA_DIR=../data" >&2; exit 1; }
 	$(PYTEST) -m data
+
+fuzz: $(INSTALLED)  ## Read 5,000 damaged and hostile files with every loader and command (ten minutes; FUZZ_ARGS="--seed 1")
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m fuzzing.run $(FUZZ_ARGS)
 
 lint: $(INSTALLED)  ## Check style and formatting
 	$(BIN)/ruff check .

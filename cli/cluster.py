@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .display import display
-from .options import DataDir, Overwrite, examples
+from .options import DataDir, Overwrite, Trust, examples
 
 EXAMPLES = examples(
     "moelora cluster recipes/quickstart.yaml --num-clusters 8 --out clusters",
@@ -39,6 +39,7 @@ def cluster(
     batch_size: Annotated[
         int, typer.Option(metavar="N", help="Prompts at once through the base.")
     ] = 8,
+    trust: Trust = None,
     data_dir: DataDir = None,
     overwrite: Overwrite = False,
 ) -> None:

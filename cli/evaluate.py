@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .display import display
-from .options import Base, DataDir, DType, Overwrite, examples, names
+from .options import Base, DataDir, DType, Overwrite, Trust, examples, names
 
 EXAMPLES = examples(
     "moelora eval --adapter runs/quickstart/adapter --tasks sst2 --compare-base",
@@ -74,6 +74,7 @@ def evaluate(
     seed: Annotated[
         int, typer.Option(help="Seeds the draw of --limit, the guesses and the intervals.")
     ] = 0,
+    trust: Trust = None,
     allow_base_mismatch: Annotated[
         bool,
         typer.Option(

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .display import display
-from .options import Base, DataDir, DType, Overwrite, examples, names
+from .options import Base, DataDir, DType, Overwrite, Trust, examples, names
 
 EXAMPLES = examples(
     "moelora export runs/quickstart/adapter --out shared --eval-file moelora_eval.json",
@@ -49,6 +49,7 @@ def export(
         str,
         typer.Option(metavar="NAMES", help="Tasks whose training rows mean-gate averages over."),
     ] = "",
+    trust: Trust = None,
     data_dir: DataDir = None,
     push_to_hub: Annotated[
         str | None,

@@ -32,6 +32,24 @@ Base = Annotated[
 ]
 
 
+def _trust(paths: list[str] | None) -> None:
+    from moelora_plugin.families import trust
+
+    for path in paths or []:
+        trust(path)
+
+
+Trust = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="[NAME=]PACKAGE.MODULE.NAME",
+        callback=_trust,
+        help="A router, loss, ... of somebody's own that a saved adapter names: import it, which "
+        "runs its code. Give it again for more. Default: only what is built in or installed.",
+    ),
+]
+
+
 def names(text: str) -> tuple[str, ...]:
     """The names in a comma-separated option ("glue, siqa")."""
     return tuple(name for part in text.split(",") if (name := part.strip()))

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from .display import display
-from .options import examples
+from .options import Trust, examples
 
 EXAMPLES = examples(
     "moelora plan --model HuggingFaceTB/SmolLM2-135M --preset mola",
@@ -72,6 +72,7 @@ def plan(
             help="Compute activations again in the backward; sets training.gradient_checkpointing.",
         ),
     ] = False,
+    trust: Trust = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
     """Show parameters, memory and cost of an adapter, beside LoRA's, before anything is trained."""

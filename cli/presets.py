@@ -34,13 +34,13 @@ def presets(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
     """List the named adapter configurations (`adapter.preset` in a recipe)."""
-    from moelora_plugin.lookup import lookup
+    from moelora_plugin.lookup import given
     from moelora_plugin.presets import PRESETS
 
     if name is None:
         display(_list_as_json(PRESETS) if as_json else _list(PRESETS))
         return
-    preset = lookup("presets", name, PRESETS)
+    preset = given("presets", name, PRESETS)
     if as_json:
         display(json.dumps({**_about(name, preset), **_resolved(preset)}, indent=2))
         return

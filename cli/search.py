@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .display import display
-from .options import DataDir, Overwrite, examples
+from .options import DataDir, Overwrite, Trust, examples
 
 EXAMPLES = examples(
     "moelora search guilomo recipes/quickstart.yaml --out alloc.json",
@@ -48,6 +48,7 @@ def guilomo(
     selection_lr: Annotated[
         float, typer.Option(metavar="X", help="Learning rate of the selections.")
     ] = 1e-2,
+    trust: Trust = None,
     data_dir: DataDir = None,
     overwrite: Overwrite = False,
 ) -> None:

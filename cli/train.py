@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .display import display
-from .options import DataDir, Overwrite, examples
+from .options import DataDir, Overwrite, Trust, examples
 
 EXAMPLES = examples(
     "moelora train recipes/quickstart.yaml",
@@ -40,6 +40,7 @@ def train(
             help="Continue from this checkpoint folder, or from the output folder's newest one.",
         ),
     ] = None,
+    trust: Trust = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Train an adapter as a recipe says."""

@@ -17,6 +17,21 @@ if TYPE_CHECKING:
     from .checkpoint import load_adapter, save_adapter
     from .config import MoeLoraConfig
     from .export import export_adapter
+    from .families import (
+        register,
+        register_allocation,
+        register_expert,
+        register_features,
+        register_initialization,
+        register_loss,
+        register_preset,
+        register_router,
+        register_router_input,
+        register_router_modifier,
+        register_router_score,
+        register_scale,
+        register_site,
+    )
     from .model import MoeLoraModel
     from .optim import (
         RiemannianAdamW,
@@ -38,6 +53,19 @@ _HOME_OF = {
     "export_adapter": "export",
     "load_adapter": "checkpoint",
     "precondition_in_backward": "optim",
+    "register": "families",
+    "register_allocation": "families",
+    "register_expert": "families",
+    "register_features": "families",
+    "register_initialization": "families",
+    "register_loss": "families",
+    "register_preset": "families",
+    "register_router": "families",
+    "register_router_input": "families",
+    "register_router_modifier": "families",
+    "register_router_score": "families",
+    "register_scale": "families",
+    "register_site": "families",
     "routing_ids": "call",
     "routing_statistics": "analysis",
     "save_adapter": "checkpoint",
@@ -53,6 +81,19 @@ __all__ = [
     "export_adapter",
     "load_adapter",
     "precondition_in_backward",
+    "register",
+    "register_allocation",
+    "register_expert",
+    "register_features",
+    "register_initialization",
+    "register_loss",
+    "register_preset",
+    "register_router",
+    "register_router_input",
+    "register_router_modifier",
+    "register_router_score",
+    "register_scale",
+    "register_site",
     "routing_ids",
     "routing_statistics",
     "save_adapter",
@@ -62,7 +103,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name != "PRESETS":
+    if _HOME_OF[name] not in ("families", "presets"):
         from .registration import register
 
         autoload.activate()

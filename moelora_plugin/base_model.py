@@ -69,7 +69,7 @@ def load_base_model(
     weights = resolve_dtype(dtype, device)
     try:
         model: nn.Module = auto.from_pretrained(
-            name, config=config, revision=revision, dtype=weights
+            name, config=config, revision=revision, dtype=weights, trust_remote_code=False
         )
     except (*HUB_ERRORS, ValueError) as error:
         raise _not_loaded(name, error) from error
@@ -84,7 +84,10 @@ def load_config(name: str, revision: str | None = None) -> PretrainedConfig:
         ConfigError: the folder holds no model that transformers knows.
     """
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(name, revision=revision)
+        # Left open, transformers asks whoever sits at the terminal.
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            name, revision=revision, trust_remote_code=False
+        )
     except (*HUB_ERRORS, ValueError) as error:
         raise _not_loaded(name, error) from error
     return config

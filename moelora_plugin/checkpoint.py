@@ -219,14 +219,16 @@ def check_adapter(
 
     Raises:
         AdapterError: damaged files, or another base.
-        ConfigError: no base is known.
+        ConfigError: no base is known, or the configuration cannot be.
         MissingDependencyError: not a folder, and the hub cannot be reached.
     """
     folder = resolve_adapter(path)
-    recorded = read_adapter_config(folder).get("base_model_name_or_path")
-    verify_weights(folder)
+    content = read_adapter_config(folder)
+    _refuse_imports(content, folder)
     verify_config(folder)
-    _read_config(folder)
+    _read_config(folder)  # refuses, before the base takes its time
+    recorded = content.get("base_model_name_or_path")
+    verify_weights(folder)
     name = base or recorded
     if not name:
         raise ConfigError(f"{CONFIG_FILE} in {folder} names no base model; pass base (--base).")
@@ -284,6 +286,16 @@ def verify_weights(folder: Path) -> str:
     return digest
 
 
+def _refuse_imports(config: Mapping[str, Any], folder: Path) -> None:
+    """PEFT imports the module that a LoRA's file calls Megatron's; old releases whatever it is."""
+    module = config.get("megatron_core")
+    if config.get("megatron_config") and not str(module).startswith("megatron."):
+        raise AdapterError(
+            f"{CONFIG_FILE} in {folder} wants {module!r} to be imported as megatron_core, which "
+            "nothing but Megatron is; take megatron_config out of it."
+        )
+
+
 def _read_config(folder: Path) -> PeftConfig:
     """The configuration as PEFT reads it.
 
@@ -303,8 +315,6 @@ def _read_config(folder: Path) -> PeftConfig:
             f"{folder / CONFIG_FILE} holds no configuration that PEFT can read "
             f"({type(error).__name__}: {first_line(error)}); save or download the adapter again."
         ) from error
-    if isinstance(config, MoeLoraConfig):
-        config.stored_shapes = _stored_shapes(folder)
     return config
 
 
@@ -328,6 +338,8 @@ def _put_on(base: PreTrainedModel, folder: Path, name: str) -> PeftModel:
         and quantization_of(base) is None
     )
     config = _read_config(folder)
+    if isinstance(config, MoeLoraConfig):
+        config.stored_shapes = stored
     try:
         with warnings.catch_warnings():
             # PEFT only warns of missing tensors; below they are an error, which says more.

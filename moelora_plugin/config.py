@@ -3,38 +3,23 @@
 from __future__ import annotations
 
 import functools
-import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeGuard, TypeVar, get_args
+from typing import Any, TypeVar
 
 from peft.config import PeftConfig
 from peft.utils.peft_types import PeftType
 
-from .errors import ConfigError
-from .lookup import lookup, unknown_key_message
+from .errors import AdapterError, ConfigError, first_line
+from .field_checks import check_fields, check_mappings, check_patterns, read_allocation, read_json
+from .lookup import given, unknown_key_message
+from .part_checks import check_parts, import_parts
 from .presets import PRESETS, resolve
-from .types import GateRescale, GateRescaleScope
+from .values import SavedPaths, shown
 
 PEFT_TYPE = "MOELORA"
 FORMAT_VERSION = 1
-
-_GATE_RESCALES = ("auto", *get_args(GateRescale))
-_SCOPES = get_args(GateRescaleScope)
-_UNIVERSAL_EXPERTS = ("none", "one", "complement")
-_MAPPINGS = (
-    "site_kwargs",
-    "router_kwargs",
-    "router_score_kwargs",
-    "router_input_kwargs",
-    "router_modifiers",
-    "expert_kwargs",
-    "allocation_kwargs",
-    "init_kwargs",
-)
-_BIASES = ("none", "all", "moelora_only")
 
 _NO_SHAPES: Mapping[str, tuple[int, ...]] = {}
 
@@ -69,6 +54,11 @@ class MoeLoraConfig(PeftConfig):
 
     The defaults are the paper's (arXiv 2502.15828, Table 12): 20 experts of rank 4, 10 selected.
 
+    Everything is checked here, the options of every part included, before there is a base. A call
+    says what a person wants, so a part may be named by its dotted path, and files may be named. A
+    configuration that was written down (a file, a mapping that says `peft_type`) may be a
+    stranger's: nothing is imported, and no path opened, on its word; see docs/security.md.
+
     Args:
         r: rank of one expert, >= 1; with `total_rank` the rank of all experts together.
         num_experts: experts per target module, >= 1. One expert is plain LoRA. With site "layer"
@@ -90,8 +80,9 @@ class MoeLoraConfig(PeftConfig):
             router per feed-forward block, whose experts are whole blocks), "layer" (one per decoder
             layer, whose experts are the target modules) or "model".
         site_kwargs: options of the site.
-        router: how logits become gates: a name such as "topk" (see docs/methods.md), an entry point
-            of `moelora.routers` or a dotted path; so are the other parts below.
+        router: how logits become gates: a name such as "topk" (see docs/methods.md), one that
+            `register_router` or an entry point of `moelora.routers` has added, or a dotted path; so
+            are the other parts below.
         router_kwargs: options of the router, by name; an unknown one is an error that lists them.
         router_score: where the logits come from ("linear").
         router_score_kwargs: options of the score.
@@ -162,9 +153,11 @@ class MoeLoraConfig(PeftConfig):
     use_rslora: bool = False
     format_version: int = FORMAT_VERSION
 
-    # No fields: they are not saved. Whether the values of the adapter come from its file, and the
-    # shapes that they have there, which `load_adapter` notes so that no others are made.
+    # No fields: they are not saved. Whether the values of the adapter come from its file.
     from_file = False
+    # Whether somebody wrote the configuration down, so that nothing is imported or opened for it.
+    is_saved = False
+    # The shapes that they have there, which `load_adapter` notes so that no others are made.
     stored_shapes = _NO_SHAPES
 
     @classmethod
@@ -179,7 +172,9 @@ class MoeLoraConfig(PeftConfig):
             ConfigError: unknown preset (the nearest names are offered), or one that needs a value
                 which only the user can give, and did not.
         """
-        return cls(**resolve(name, lookup("presets", name, PRESETS), overrides))
+        if not isinstance(name, str):
+            raise ConfigError(f"The preset {shown(name)} must be the name of one.")
+        return cls(**resolve(name, given("presets", name, PRESETS), overrides))
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> MoeLoraConfig:
@@ -192,18 +187,45 @@ class MoeLoraConfig(PeftConfig):
         config.from_file = True
         return config
 
+    @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> MoeLoraConfig:
+        """PEFT's own, which a file reaches that does not say of which type it is."""
+        if kwargs.get("peft_type") is None:
+            kwargs["peft_type"] = PEFT_TYPE
+        config: MoeLoraConfig = super().from_peft_type(**kwargs)  # type: ignore[no-untyped-call]
+        return config
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """PEFT's own: the content of a configuration's file.
+
+        Raises:
+            AdapterError: it is no JSON object, or too large for one.
+        """
+        try:
+            content = read_json(Path(path_json_file))
+        except (OSError, ValueError) as error:
+            raise AdapterError(
+                f"{path_json_file} cannot be read as a configuration: {first_line(error)}."
+            ) from error
+        if not isinstance(content, dict):
+            raise AdapterError(
+                f"{path_json_file} holds a {type(content).__name__}, not an object; save it again."
+            )
+        content.pop("runtime_config", None)
+        return content
+
     def __post_init__(self) -> None:
         """Validate and normalise."""
+        # JSON knows no members of enums: a type in plain text was written down by somebody.
+        self.is_saved = self.peft_type is not None and not isinstance(self.peft_type, PeftType)
+        if self.peft_type not in (None, PEFT_TYPE):
+            raise ConfigError(f"peft_type={shown(self.peft_type)} must be {PEFT_TYPE!r}.")
+        check_mappings(self)
+        self._take_paths()
+        check_fields(self)
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = PeftType(PEFT_TYPE)
-        self._validate_numbers()
-        self._validate_choice("bias", _BIASES)
-        self._validate_choice("gate_rescale", _GATE_RESCALES)
-        self._validate_choice("gate_rescale_scope", _SCOPES)
-        self._validate_choice("universal_expert", _UNIVERSAL_EXPERTS)
-        self._validate_mappings()
-        self._validate_aux_losses()
-        self._embed_allocation_file()
         if self.format_version != FORMAT_VERSION:
             raise ConfigError(
                 f"format_version={self.format_version} was written by another release of moelora; "
@@ -214,7 +236,7 @@ class MoeLoraConfig(PeftConfig):
                 if getattr(self, key) is not None:
                     raise ConfigError(
                         f"{key} needs target_modules as a list of names, got the string "
-                        f"{self.target_modules!r}."
+                        f"{shown(self.target_modules)}."
                     )
         # PEFT matches against a set; a sorted list keeps the saved file stable, and both are
         # accepted.
@@ -222,69 +244,40 @@ class MoeLoraConfig(PeftConfig):
             value = getattr(self, key)
             if value is not None and not isinstance(value, str):
                 setattr(self, key, sorted(value))
+        check_parts(self)
+        check_patterns(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy or a pickle: parts named by dotted path are imported in this program as well."""
+        self.__dict__.update(state)
+        if not self.is_saved:
+            import_parts(self)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe, and in the same order every time: PEFT keeps matched names in sets."""
         content: dict[str, Any] = super().to_dict()
         return {k: sorted(v) if isinstance(v, set) else v for k, v in content.items()}
 
-    def _validate_numbers(self) -> None:
-        for key in ("r", "num_experts", "top_k"):
-            value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{key}={value!r} must be an integer of at least 1.")
-        if self.top_k > self.num_experts:
+    def _take_paths(self) -> None:
+        """Read the files that a person names; those that a saved configuration names stay shut."""
+        if "path" in self.allocation_kwargs and self.is_saved:
             raise ConfigError(
-                f"top_k={self.top_k} is more than num_experts={self.num_experts}; lower top_k or "
-                "raise num_experts."
+                "allocation_kwargs['path'] names a file, and none is opened because a saved "
+                "configuration says so; put the file's content in its place, as 'modules'."
             )
-        if not (_is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1):
-            raise ConfigError(f"lora_dropout={self.lora_dropout!r} must be a number in [0, 1).")
-        if not (_is_number(self.lora_alpha) and 0 < self.lora_alpha < math.inf):
-            raise ConfigError(f"lora_alpha={self.lora_alpha!r} must be a positive number.")
-
-    def _validate_aux_losses(self) -> None:
-        if not isinstance(self.aux_losses, dict):
+        if self.allocation == "modules" and "path" in self.allocation_kwargs:
+            # So a saved adapter does not need the file, which may change or be gone.
+            rest = {key: value for key, value in self.allocation_kwargs.items() if key != "path"}
+            content = read_allocation(self.allocation_kwargs["path"])
+            self.allocation_kwargs = {**rest, "modules": content}
+        named = {"paths", "subtract"} & set(self.init_kwargs)
+        if self.is_saved and named and self.peft_version is None:
             raise ConfigError(
-                f"aux_losses={self.aux_losses!r} must map names to coefficients, like "
-                "{'switch_lb': 0.001}."
+                f"init_kwargs[{min(named)!r}] names adapters, and none is opened because a mapping "
+                "with peft_type says so; make the configuration by MoeLoraConfig(...)."
             )
-        for name, value in self.aux_losses.items():
-            coefficient = value.get("coefficient") if isinstance(value, dict) else value
-            if not (_is_number(coefficient) and 0 <= coefficient < math.inf):
-                raise ConfigError(
-                    f"aux_losses[{name!r}]={value!r} must be a number of at least 0, or a mapping "
-                    "with such a number as coefficient."
-                )
-
-    def _embed_allocation_file(self) -> None:
-        """Put the content of an allocation's JSON file in its path's place.
-
-        So a saved adapter does not need the file, which may change or be gone.
-        """
-        if self.allocation != "modules" or "path" not in self.allocation_kwargs:
-            return
-        path = Path(self.allocation_kwargs["path"])
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"allocation_kwargs['path']={str(path)!r} is no JSON file that can be read: {error}"
-            ) from error
-        rest = {key: value for key, value in self.allocation_kwargs.items() if key != "path"}
-        self.allocation_kwargs = {**rest, "modules": content}
-
-    def _validate_mappings(self) -> None:
-        for key in _MAPPINGS:
-            value = getattr(self, key)
-            if not isinstance(value, dict) or not all(isinstance(k, str) for k in value):
-                raise ConfigError(f"{key}={value!r} must map names to values.")
-
-    def _validate_choice(self, key: str, choices: tuple[str, ...]) -> None:
-        value = getattr(self, key)
-        if value not in choices:
-            raise ConfigError(f"{key}={value!r} must be one of {', '.join(map(repr, choices))}.")
-
-
-def _is_number(value: object) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+        if self.is_saved and (named or self.init == "adapters"):
+            lists = {key: self.init_kwargs[key] for key in named}
+            kept = {key: SavedPaths(paths) for key, paths in lists.items() if type(paths) is list}
+            self.init_kwargs = {**self.init_kwargs, **kept}
+            self.from_file = True  # PEFT noted its version, so it has saved the values as well

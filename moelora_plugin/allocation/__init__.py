@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from .layers import layers
-from .modules import modules
-from .pattern import pattern
-from .uniform import uniform
+from .layers import check_layers, layers
+from .modules import check_modules, modules
+from .pattern import check_pattern, pattern
+from .uniform import check_uniform, uniform
 
 if TYPE_CHECKING:
+    from ..config import MoeLoraConfig
     from ..types import LayerPlan
 
 # (config, place) -> the module's experts. Options are keyword-only parameters and stand under
@@ -27,4 +28,12 @@ ALLOCATIONS: dict[str, Allocation] = {
     "modules": modules,
 }
 
-__all__ = ["ALLOCATIONS", "Allocation", "layers", "modules", "pattern", "uniform"]
+# What of an allocation's options can be checked without a base.
+CHECKS: dict[Allocation, Callable[[MoeLoraConfig], None]] = {
+    uniform: check_uniform,
+    layers: check_layers,
+    pattern: check_pattern,
+    modules: check_modules,
+}
+
+__all__ = ["ALLOCATIONS", "CHECKS", "Allocation", "layers", "modules", "pattern", "uniform"]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
 from ..types import LayerPlan
+from ..values import MAX_EXPERTS, MAX_RANK, shown
 
 if TYPE_CHECKING:
     from ..config import MoeLoraConfig
@@ -39,8 +40,10 @@ def plan_of(
         alpha: LoRA alpha.
 
     Raises:
-        ConfigError: the rank cannot be split evenly, or top_k is more than num_experts.
+        ConfigError: the rank cannot be split evenly, top_k is more than num_experts, or the experts
+            are more than any model holds.
     """
+    _require_size(num_experts, r, split=config.total_rank)
     if top_k > num_experts:
         raise ConfigError(
             f"top_k={top_k} is more than num_experts={num_experts}; lower top_k or raise "
@@ -63,16 +66,35 @@ def plan_of(
     return LayerPlan(num_experts, top_k, (r // num_experts,) * num_experts, alpha, scale_rank=r)
 
 
-def plan_from(config: MoeLoraConfig, where: str, values: Mapping[str, Any]) -> LayerPlan:
+def plan_from(
+    config: MoeLoraConfig, where: str, values: Mapping[str, Any], ranks: str = "r"
+) -> LayerPlan:
     """The plan of one module, from an allocation's values and the configuration's for the rest.
 
     Args:
         config: the adapter's.
         where: what holds the values, for errors ("allocation_kwargs").
         values: by the names in `AXES`; `r` may be a list, one rank per expert.
+        ranks: what `r` is called there.
 
     Raises:
         ConfigError: a value is not of its kind, or they do not fit together.
+    """
+    require_values(where, values, ranks)
+    full = {axis: values.get(axis, getattr(config, key)) for axis, key in AXES.items()}
+    return plan_of(config, **full)
+
+
+def require_values(where: str, values: Mapping[str, Any], ranks: str = "r") -> None:
+    """Refuse values that are not of their axis' kind.
+
+    Args:
+        where: what holds the values, for errors ("allocation_kwargs").
+        values: by the names in `AXES`.
+        ranks: what `r` is called there.
+
+    Raises:
+        ConfigError: with the key to change.
     """
     for axis, value in values.items():
         if axis == "alpha":
@@ -84,9 +106,20 @@ def plan_from(config: MoeLoraConfig, where: str, values: Mapping[str, Any]) -> L
         else:
             good, what = _is_count(value), "an integer of at least 1"
         if isinstance(value, bool) or not good:
-            raise ConfigError(f"{where}[{axis!r}]={value!r} must be {what}.")
-    full = {axis: values.get(axis, getattr(config, key)) for axis, key in AXES.items()}
-    return plan_of(config, **full)
+            key = ranks if axis == "r" else axis
+            raise ConfigError(f"{where}[{key!r}]={shown(value)} must be {what}.")
+
+
+def _require_size(num_experts: int, r: int | Sequence[int], *, split: bool) -> None:
+    """Before anything of that size is made."""
+    if num_experts > MAX_EXPERTS:
+        raise ConfigError(f"num_experts={num_experts} must not be more than {MAX_EXPERTS:,}.")
+    total = r * (1 if split else num_experts) if isinstance(r, int) else sum(r)
+    if total > MAX_RANK:
+        raise ConfigError(
+            f"The experts of a module have the rank {total} together, more than {MAX_RANK:,}; "
+            "lower r or num_experts."
+        )
 
 
 def _is_count(value: object) -> bool:

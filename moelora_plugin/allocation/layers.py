@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ConfigError
 from ..lookup import unknown_name_message
 from ..types import LayerPlan, Place
-from .base import plan_from
+from ..values import MAX_LAYERS
+from .base import AXES, plan_from
 
 if TYPE_CHECKING:
     from ..config import MoeLoraConfig
@@ -71,6 +72,28 @@ def layers(
             )
         values[axis] = entries[place.layer * len(entries) // place.num_layers]
     return plan_from(config, "allocation_kwargs", values)
+
+
+def check_layers(config: MoeLoraConfig) -> None:
+    """Without a base: as many layers as the longest list has entries must do.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    options = config.allocation_kwargs
+    lengths = [
+        len(_entries(axis, options[axis], config.num_experts))
+        for axis in AXES
+        if options.get(axis) is not None
+    ]
+    longest = max(lengths, default=0)
+    if longest > MAX_LAYERS:
+        raise ConfigError(
+            f"allocation_kwargs has a list of {longest} entries; no model has more than "
+            f"{MAX_LAYERS:,} layers."
+        )
+    for layer in range(longest):
+        layers(config, Place("", layer, longest), **options)
 
 
 def _entries(axis: str, option: Any, mean: int) -> Sequence[Any]:

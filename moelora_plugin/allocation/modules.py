@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ConfigError
 from ..lookup import unknown_key_message
 from ..types import LayerPlan, Place
+from ..values import shown
 from .base import plan_from
 
 if TYPE_CHECKING:
@@ -35,11 +36,7 @@ def modules(
     Raises:
         ConfigError: the module has no entry, or an entry has an unknown key or a wrong value.
     """
-    if not isinstance(modules, Mapping) or not modules:
-        raise ConfigError(
-            "allocation='modules' needs allocation_kwargs={'modules': {name: {...}}} or "
-            "{'path': 'alloc.json'}."
-        )
+    modules = _required(modules)
     names = [name for name in modules if _is_suffix(name, place.name)]
     if not names:
         raise ConfigError(
@@ -47,16 +44,40 @@ def modules(
             "module from target_modules."
         )
     name = max(names, key=len)
-    entry, where = modules[name], f"allocation_kwargs['modules'][{name!r}]"
+    return _plan_of(config, name, modules[name])
+
+
+def check_modules(config: MoeLoraConfig) -> None:
+    """Without a base: every entry has to be one.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    for name, entry in _required(config.allocation_kwargs.get("modules")).items():
+        _plan_of(config, name, entry)
+
+
+def _required(modules: object) -> Mapping[str, Any]:
+    if not isinstance(modules, Mapping) or not modules:
+        raise ConfigError(
+            "allocation='modules' needs allocation_kwargs={'modules': {name: {...}}} or "
+            "{'path': 'alloc.json'}."
+        )
+    return modules
+
+
+def _plan_of(config: MoeLoraConfig, name: str, entry: Any) -> LayerPlan:
+    """The plan of the module that has an entry."""
+    where = f"allocation_kwargs['modules'][{name!r}]"
     if not isinstance(entry, Mapping):
-        raise ConfigError(f"{where}={entry!r} must map {', '.join(_KEYS)} to values.")
+        raise ConfigError(f"{where}={shown(entry)} must map {', '.join(_KEYS)} to values.")
     unknown = sorted(set(entry) - set(_KEYS))
     if unknown:
         raise ConfigError(unknown_key_message(where, unknown[0], _KEYS))
     values = {"r" if key == "ranks" else key: value for key, value in entry.items()}
     if "num_experts" not in values and isinstance(values.get("r"), list | tuple):
         values["num_experts"] = len(values["r"])
-    return plan_from(config, where, values)
+    return plan_from(config, where, values, ranks="ranks")
 
 
 def _is_suffix(first: str, second: str) -> bool:

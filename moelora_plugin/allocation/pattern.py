@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
+from ..patterns import require_pattern, whole_name
 from ..types import LayerPlan, Place
-from .base import plan_from
+from .base import plan_from, require_values
 
 if TYPE_CHECKING:
     from ..config import MoeLoraConfig
@@ -57,11 +58,18 @@ def pattern(
     return plan_from(config, "allocation_kwargs", values)
 
 
+def check_pattern(config: MoeLoraConfig) -> None:
+    """Without a base: patterns have to be such, and the values of their kinds.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    for axis, mapping in config.allocation_kwargs.items():
+        for expression, value in (mapping or {}).items():
+            require_pattern(f"allocation_kwargs[{axis!r}]", expression, whole_name(expression))
+            require_values(f"allocation_kwargs[{axis!r}][{expression!r}]", {axis: value})
+
+
 def _matches(axis: str, expression: str, name: str) -> bool:
-    try:
-        return re.fullmatch(rf"(.*\.)?({expression})", name) is not None
-    except re.error as error:
-        raise ConfigError(
-            f"allocation_kwargs[{axis!r}] has the pattern {expression!r}, which is no regular "
-            f"expression: {error}."
-        ) from error
+    require_pattern(f"allocation_kwargs[{axis!r}]", expression, whole_name(expression))
+    return re.fullmatch(whole_name(expression), name) is not None

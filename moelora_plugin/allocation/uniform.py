@@ -11,6 +11,15 @@ if TYPE_CHECKING:
     from ..config import MoeLoraConfig
 
 
-def uniform(config: MoeLoraConfig, place: Place) -> LayerPlan:
+def uniform(config: MoeLoraConfig, place: Place | None) -> LayerPlan:
     """`num_experts` experts of rank `r` in every target module, wherever it is."""
     return plan_of(config, config.num_experts, config.top_k, config.r, config.lora_alpha)
+
+
+def check_uniform(config: MoeLoraConfig) -> None:
+    """Without a base: the numbers have to fit together.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    uniform(config, None)

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..base_model import load_base_model
 from ..errors import AdapterError, ConfigError
+from ..families import name_of
 from ..files import atomic_directory, sha256_of, write_json
 from ..fingerprints import embedding_fingerprint, is_fingerprint, same_samples
 from ..lookup import lookup
@@ -83,9 +84,10 @@ class ClusterAssigner:
             overwrite: replace a folder that already holds something.
 
         Raises:
-            ConfigError: `out` holds something and `overwrite` is False.
+            ConfigError: `out` holds something and `overwrite` is False, or nobody has registered
+                this kind of features.
         """
-        method = next(name for name, kind in FEATURES.items() if type(self.features) is kind)
+        method = name_of("features", type(self.features))
         with atomic_directory(out, overwrite=overwrite) as folder:
             save_file({"centroids": self.centroids_CF.contiguous()}, folder / CENTROIDS_FILE)
             write_json(
@@ -119,6 +121,7 @@ class ClusterAssigner:
 
         Raises:
             AdapterError: files are missing or damaged, or `model` is another base.
+            ConfigError: the method is neither built in nor registered.
             MissingDependencyError: the base is to be loaded and is not there.
         """
         folder = Path(path)

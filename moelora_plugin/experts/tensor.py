@@ -16,6 +16,9 @@ from ..types import ExpertInput, Gates, LayerPlan
 from .base import Tensors
 from .mixed_factors import MixedFactorExperts
 
+# Vectors of length 2 make one of four thousand millions.
+_MAX_ORDER = 32
+
 
 class TensorExperts(MixedFactorExperts):
     """TensorPoly-I (arXiv 2405.16671): Poly over the ranks of an entangled tensor.
@@ -35,18 +38,18 @@ class TensorExperts(MixedFactorExperts):
         plan: the layer's experts, all of one rank.
         in_features: I.
         out_features: O.
-        order: N, at least 2.
+        order: N, from 2 to 32.
 
     Raises:
-        ConfigError: order is below 2.
+        ConfigError: order is out of range.
     """
 
     def __init__(
         self, plan: LayerPlan, in_features: int, out_features: int, *, order: int = 2
     ) -> None:
         super().__init__(plan, in_features, out_features)
-        if order < 2:
-            raise ConfigError(f"expert_kwargs['order']={order!r} must be at least 2.")
+        if not 2 <= order <= _MAX_ORDER:
+            raise ConfigError(f"expert_kwargs['order']={order!r} must be from 2 to {_MAX_ORDER}.")
         self.order = order
 
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -23,6 +23,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
     "identity": lambda values: values,
 }
+_MAX_LEVELS = 64
 
 
 class TreeExperts(ExpertKind):
@@ -85,6 +86,11 @@ class TreeExperts(ExpertKind):
             raise ConfigError(
                 f"expert_kwargs['children']={children!r} and ['fan_out']={fan_out!r} must hold one "
                 "number for each sub-layer below the top."
+            )
+        if len(below) > _MAX_LEVELS:
+            raise ConfigError(
+                f"expert_kwargs['children'] has {len(below)} sub-layers, which must not be more "
+                f"than {_MAX_LEVELS}."
             )
         for count, fan in zip(below, fans, strict=True):
             if not 1 <= fan <= count:

@@ -6,7 +6,6 @@ Shape suffixes: I in, O out; r is one adapter's rank.
 from __future__ import annotations
 
 import functools
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,9 @@ from torch import Tensor
 
 from ..base_model import HUB_ERRORS
 from ..errors import AdapterError, ConfigError, first_line
+from ..field_checks import read_json
+from ..patterns import require_cheap, whole_name
+from ..values import SavedPaths, fits, require_plain
 from .base import Initialization, InitInput
 from .kaiming import Kaiming
 
@@ -80,12 +82,15 @@ class Adapters(Initialization):
                 raise ConfigError(
                     f"init_kwargs[{key!r}]={value!r} must be a list of folders or hub ids."
                 )
+        # A saved adapter's experts have the values of these adapters already.
+        self.is_saved = isinstance(paths, SavedPaths) or isinstance(subtract, SavedPaths)
         if not paths:
             raise ConfigError("init_kwargs['paths'] must name an adapter for each expert.")
         self.paths, self.subtract = tuple(paths), tuple(subtract)
 
     def check_targets(self, names: Sequence[str]) -> None:
         """See the base class."""
+        self._refuse_saved()
         for path in (*self.paths, *self.subtract):
             left_out = sorted(set(_Adapter(path).modules) - set(names))
             if left_out:
@@ -97,6 +102,7 @@ class Adapters(Initialization):
 
     def __call__(self, inputs: InitInput) -> None:
         """Copy each adapter's part for this module into its expert."""
+        self._refuse_saved()
         if len(self.paths) != len(inputs.experts):
             raise ConfigError(
                 f"init_kwargs['paths'] names {len(self.paths)} adapters for "
@@ -120,6 +126,14 @@ class Adapters(Initialization):
             _copy(own_a, a, path, inputs.module_name)
             scale = adapter.scale(inputs.module_name, rank=len(own_a)) / inputs.scaling
             _copy(own_b.T * scale, b.T, path, inputs.module_name)
+
+    def _refuse_saved(self) -> None:
+        if self.is_saved:
+            raise ConfigError(
+                "init_kwargs of a saved configuration names the adapters that its experts were "
+                "made of, and none is opened because a file says so; to start from adapters, make "
+                "the configuration by MoeLoraConfig(...) with init_kwargs={'paths': [...]}."
+            )
 
 
 def _refuse_shared_factors(inputs: InitInput) -> None:
@@ -172,6 +186,7 @@ class _Adapter:
         self.folder = _local_folder(path)
         self.config = self._read_config()
         self._refuse_other_than_lora()
+        self._refuse_damage()
         self.modules = self._read_modules()
 
     def scale(self, module: str, rank: int) -> float:
@@ -190,18 +205,39 @@ class _Adapter:
                 f"The adapter {self.path!r} has no factors for {module} ({first_line(error)}); use "
                 "adapters that adapt the same modules."
             ) from error
+        if not (a.isfinite().all() and b.isfinite().all()):
+            raise AdapterError(
+                f"The adapter {self.path!r} has weights for {module} that are no finite numbers; "
+                "take it out of init_kwargs."
+            )
         dtype = torch.promote_types(a.dtype, torch.float32)
         return a.to(dtype), b.to(dtype)
 
     def _read_config(self) -> dict[str, Any]:
         try:
-            config = json.loads((self.folder / _CONFIG).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            config = read_json(self.folder / _CONFIG)
+            if not isinstance(config, dict):
+                raise ValueError(f"it holds a {type(config).__name__}, not an object")
+        except (OSError, ValueError) as error:
             raise AdapterError(
                 f"{self.folder / _CONFIG} is not valid JSON ({first_line(error)}); save the "
                 "adapter again."
             ) from error
-        return dict(config)
+        return config
+
+    def _refuse_damage(self) -> None:
+        """What is read of the configuration has to be of its type."""
+        config, where = self.config, f"{self.folder / _CONFIG}: "
+        alphas = config.get("alpha_pattern") or {}
+        if not fits(alphas, dict[str, float]) or not fits(config.get("lora_alpha"), float):
+            raise AdapterError(
+                f"{where}lora_alpha must be a number, and alpha_pattern map names to numbers; save "
+                "the adapter again."
+            )
+        for key in ("lora_alpha", "alpha_pattern"):
+            require_plain(f"{where}{key}", config.get(key))
+        for pattern in alphas:  # PEFT matches by it
+            require_cheap(f"{where}alpha_pattern", pattern, whole_name(pattern))
 
     def _refuse_other_than_lora(self) -> None:
         config = self.config

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..types import LayerPlan
+from ..values import MAX_ROUNDS
 from .base import Initialization, InitInput
 
 
@@ -113,6 +114,8 @@ class Pissa(SvdInitialization):
         super().__init__(rho=rho, init_cof=init_cof)
         if niter is not None and not niter >= 1:
             raise ConfigError(f"init_kwargs['niter']={niter!r} must be at least 1 or null.")
+        if niter is not None and niter > MAX_ROUNDS:
+            raise ConfigError(f"init_kwargs['niter']={niter} must not be more than {MAX_ROUNDS:,}.")
         self.niter = niter
 
     def components(self, plan: LayerPlan, number: int) -> list[range]:

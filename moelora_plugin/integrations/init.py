@@ -19,7 +19,7 @@ from moelora_eval_tasks.prompts import render
 
 from ..errors import ConfigError, DataError
 from ..files import atomic_directory, refuse_existing, write_text
-from ..lookup import lookup, unknown_name_message
+from ..lookup import given, unknown_name_message
 from ..presets import PRESETS
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -190,7 +190,7 @@ def optimizer_for(preset: str) -> str:
     Raises:
         ConfigError: there is no such preset.
     """
-    overrides = lookup("presets", preset, PRESETS).overrides
+    overrides = given("presets", preset, PRESETS).overrides
     rescaled = overrides.get("gate_rescale") != "none" and overrides.get("num_experts") != 1
     return "gradamw" if rescaled else "radamw"
 
@@ -201,7 +201,7 @@ def gate_lr_for(preset: str) -> str:
     Raises:
         ConfigError: there is no such preset.
     """
-    is_paper_s = _PAPER in lookup("presets", preset, PRESETS).source
+    is_paper_s = _PAPER in given("presets", preset, PRESETS).source
     return "3.0e-8" if is_paper_s else "3.0e-5"
 
 
@@ -211,7 +211,7 @@ def _target_modules(name: str) -> Sequence[str]:
     Raises:
         ConfigError: an unknown preset, or one that needs what no template can know.
     """
-    preset = lookup("presets", name, PRESETS)
+    preset = given("presets", name, PRESETS)
     for key, what in preset.needs.items():
         raise ConfigError(
             f"Preset {name!r} needs {key} ({what}), which only you can say; write the config with "

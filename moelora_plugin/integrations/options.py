@@ -13,7 +13,7 @@ from peft import PeftConfig
 
 from .. import MoeLoraConfig
 from ..errors import ConfigError
-from ..lookup import lookup
+from ..lookup import given
 from ..presets import PRESETS
 
 DEFAULT_PRESET = "moe_lora"
@@ -105,7 +105,7 @@ def preset_fields(options: Mapping[str, Any]) -> Mapping[str, Any]:
     Raises:
         ConfigError: an unknown preset.
     """
-    return lookup("presets", options.get("preset") or DEFAULT_PRESET, PRESETS).overrides
+    return given("presets", options.get("preset") or DEFAULT_PRESET, PRESETS).overrides
 
 
 def refuse_disagreement(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import AuxLoss, LossInput
+from .base import AuxLoss, LossInput, on_nothing
 from .contrastive import contrastive
 from .entropy import entropy
 from .importance_cv2 import importance_cv2
@@ -37,6 +37,7 @@ __all__ = [
     "lambda_sparsity",
     "load_cv2",
     "localized_cv2",
+    "on_nothing",
     "orthogonal",
     "rsl",
     "switch_lb",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,3 +100,28 @@ def require_option(condition: bool, key: str, value: object, what: str) -> None:
     if not condition:
         loss, _, option = key.partition(".")
         raise ConfigError(f"aux_losses[{loss!r}][{option!r}]={value!r} must be {what}.")
+
+
+def on_nothing(loss: AuxLoss, options: Mapping[str, Any]) -> Callable[[int], Tensor]:
+    """A loss as a function of the number of experts, for trying its options without a model.
+
+    It is called under `torch.device("meta")`, and its input has all that a loss may read.
+
+    Args:
+        loss: one of ours.
+        options: its options.
+    """
+
+    def call(num_experts: int) -> Tensor:
+        gates_TE, one_T = torch.empty(4, num_experts), torch.empty(4)
+        extras = {"lambda": one_T, "threshold": one_T, "load_probability": gates_TE}
+        pair = torch.empty(1, 8), torch.empty(8, 1)
+        inputs = LossInput(
+            Routing(gates_TE, gates_TE, gates_TE, None, extras),
+            ids={"task_id": torch.empty(4, dtype=torch.long)},
+            experts=lambda: [pair, pair],
+            outputs=lambda at_M: torch.empty(len(at_M), num_experts, 8),
+        )
+        return loss(inputs, **options)
+
+    return call

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..types import LayerPlan, Rows
+from ..values import MAX_ROUNDS
 from .scores.base import widened
 from .topk import TopKRouter
 
@@ -49,8 +50,10 @@ class SinkhornRouter(TopKRouter):
         iterations: int = 8,
     ) -> None:
         super().__init__(in_features, plan, renormalize=renormalize)
-        if iterations < 1:
-            raise ConfigError(f"router_kwargs['iterations']={iterations!r} must be at least 1.")
+        if not 1 <= iterations <= MAX_ROUNDS:
+            raise ConfigError(
+                f"router_kwargs['iterations']={iterations!r} must be from 1 to {MAX_ROUNDS:,}."
+            )
         self.iterations = iterations
 
     def preference(

@@ -17,7 +17,7 @@ from ..clusters import (
     require_scikit_learn,
 )
 from ..files import refuse_existing
-from ..lookup import lookup
+from ..lookup import given
 from .base import load_model, load_processor
 from .data import load_data, refuse_images
 from .recipe import Recipe
@@ -64,7 +64,8 @@ def cluster(
     Args:
         recipe: its base, its data and its seed count.
         out: the folder to make.
-        method: "embedding" (MoCLE) or "gradient" (ELREA).
+        method: "embedding" (MoCLE), "gradient" (ELREA), or a kind of features that somebody has
+            registered or names by its dotted path.
         num_clusters: how many.
         batch_size: prompts at once through the base.
         overwrite: replace what `out` holds.
@@ -76,7 +77,7 @@ def cluster(
     """
     require_scikit_learn()
     refuse_existing(out, overwrite=overwrite)
-    kind = lookup("features", method, FEATURES)
+    kind = given("features", method, FEATURES)
     refuse_images(resolve(recipe.data.tasks), "are not compared; cluster tasks of text alone")
     processor = load_processor(recipe.model)
     data = load_data(recipe.data, processor, seed=recipe.seed, validation=False)

@@ -87,10 +87,15 @@ def test_an_entry_of_r_may_be_one_rank_per_expert():
 
 
 def test_a_total_rank_is_split_or_summed():
-    found = plans("layers", 2, config_for(total_rank=True, r=12, top_k=1), num_experts=[2, 3])
+    options = {"num_experts": [2, 3]}
+    as_here = {"allocation": "layers", "allocation_kwargs": options}  # 12 is no multiple of 5
+    config = config_for(total_rank=True, r=12, top_k=1, **as_here)
+    found = plans("layers", 2, config, **options)
     assert [plan.ranks for plan in found] == [(6, 6), (4, 4, 4)]
     assert [plan.scaling() for plan in found] == [16 / 12] * 2
-    (plan,) = plans("layers", 1, config_for(total_rank=True), num_experts=2, r=[[3, 5]])
+    options = {"num_experts": 2, "r": [[3, 5]]}
+    as_here = {"allocation": "layers", "allocation_kwargs": options}
+    (plan,) = plans("layers", 1, config_for(total_rank=True, **as_here), **options)
     assert plan.scaling() == 16 / 8
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -26,6 +27,18 @@ class Site(ABC):
     def __init__(self, config: MoeLoraConfig, targets: Sequence[Place]) -> None:
         self.config = config
         self.targets = tuple(targets)
+
+    @classmethod  # noqa: B027 - most options are settled by their types
+    def check(cls, config: MoeLoraConfig, **options: Any) -> None:
+        """Refuse what no base could make good, when a configuration is made.
+
+        Args:
+            config: the adapter's.
+            **options: those of the site that are given.
+
+        Raises:
+            ConfigError: with the key to change.
+        """
 
     @abstractmethod
     def expert_plan(self, place: Place, plan: LayerPlan) -> LayerPlan:

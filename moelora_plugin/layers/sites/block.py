@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
@@ -50,21 +51,8 @@ class BlockSite(Site):
         single_rank: int | None = None,
     ) -> None:
         super().__init__(config, targets)
-        try:
-            pattern = re.compile(block)
-        except (re.error, TypeError) as error:
-            raise ConfigError(
-                f"site_kwargs['block']={block!r} must be a regular expression ({error})."
-            ) from error
-        if single_rank is not None and not (isinstance(single_rank, int) and single_rank >= 1):
-            raise ConfigError(
-                f"site_kwargs['single_rank']={single_rank!r} must be an integer of at least 1."
-            )
-        if config.universal_expert != "none":
-            raise ConfigError(
-                f"universal_expert={config.universal_expert!r} does not go with site 'block', "
-                "whose experts are whole blocks; set it to 'none'."
-            )
+        self.check(config, block=block, single_rank=single_rank)
+        pattern = re.compile(block)
         self.single_rank = single_rank
         # Targets by block.
         self.members: dict[str, list[Place]] = {}
@@ -79,6 +67,32 @@ class BlockSite(Site):
                 "site 'block' needs target_modules inside a feed-forward block, but theirs are in "
                 f"{', '.join(parents) or 'no module'}; add the block's linears to target_modules, "
                 "or say by site_kwargs={'block': 'regular expression'} what the block is called."
+            )
+
+    @classmethod
+    def check(
+        cls,
+        config: MoeLoraConfig,
+        *,
+        block: str = FEED_FORWARD,
+        single_rank: int | None = None,
+        **options: Any,
+    ) -> None:
+        """A regular expression and a rank; and no universal expert."""
+        try:
+            re.compile(block)
+        except (re.error, TypeError) as error:
+            raise ConfigError(
+                f"site_kwargs['block']={block!r} must be a regular expression ({error})."
+            ) from error
+        if single_rank is not None and not (isinstance(single_rank, int) and single_rank >= 1):
+            raise ConfigError(
+                f"site_kwargs['single_rank']={single_rank!r} must be an integer of at least 1."
+            )
+        if config.universal_expert != "none":
+            raise ConfigError(
+                f"universal_expert={config.universal_expert!r} does not go with site 'block', "
+                "whose experts are whole blocks; set it to 'none'."
             )
 
     def expert_plan(self, place: Place, plan: LayerPlan) -> LayerPlan:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 
 from ...config import MoeLoraConfig
 from ...errors import ConfigError
+from ...patterns import require_pattern
 from ...types import LayerPlan, Place, Routing
 from ..folding import FoldingLinear
 from ..gate_source import AlwaysOn, Decision, GateSource
@@ -69,6 +71,12 @@ class LayerSite(Site):
                     )
                 names.remove(found[0])
                 names.insert(0, found[0])
+
+    @classmethod
+    def check(cls, config: MoeLoraConfig, *, owner: str | None = None, **options: Any) -> None:
+        """`owner` is a regular expression."""
+        if owner is not None:
+            require_pattern("site_kwargs['owner']", owner)
 
     def expert_plan(self, place: Place, plan: LayerPlan) -> LayerPlan:
         """One expert."""

@@ -61,6 +61,13 @@ class LinearSite(Site):
                 )
             self.owners.update(followers)
 
+    @classmethod
+    def check(
+        cls, config: MoeLoraConfig, *, share: Sequence[Sequence[str]] = (), **options: Any
+    ) -> None:
+        """`share` holds regular expressions."""
+        _groups(share)
+
     def _members(self, group: Sequence[str]) -> dict[str, str]:
         """The owner of each module in a group, those that own included, if they have followers."""
         by_parent: dict[str, list[str]] = {}

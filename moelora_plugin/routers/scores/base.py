@@ -112,16 +112,18 @@ def widened(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def require_count(key: str, value: object, least: int = 1) -> None:
-    """Refuse an option that is no integer of at least `least`.
+def require_count(key: str, value: object, most: int | None = None) -> None:
+    """Refuse an option that is no integer of at least 1, or more than `most`.
 
     Raises:
         ConfigError: with the key to change.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(
-            f"router_score_kwargs[{key!r}]={value!r} must be an integer of at least {least}."
+            f"router_score_kwargs[{key!r}]={value!r} must be an integer of at least 1."
         )
+    if most is not None and value > most:
+        raise ConfigError(f"router_score_kwargs[{key!r}]={value} must not be more than {most:,}.")
 
 
 def require_choice(key: str, value: object, choices: Sequence[str]) -> None:

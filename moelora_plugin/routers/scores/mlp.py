@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError
 from ...types import LayerPlan, Rows
+from ...values import MAX_ROUNDS
 from .base import Score, require_choice, require_count, reset_maps
 
 _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -56,7 +57,7 @@ class MlpScore(Score):
         bias: bool = True,
     ) -> None:
         super().__init__(in_features, plan)
-        require_count("depth", depth)
+        require_count("depth", depth, MAX_ROUNDS)
         require_choice("activation", activation, tuple(_ACTIVATIONS))
         if width is not None and swi_x is not None:
             raise ConfigError(

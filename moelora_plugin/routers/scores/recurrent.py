@@ -11,6 +11,7 @@ from torch.nn.functional import linear
 
 from ...errors import ConfigError
 from ...types import LayerPlan, Rows
+from ...values import MAX_ROUNDS
 from .base import Score, require_count, reset_maps, widened
 
 
@@ -46,7 +47,7 @@ class RecurrentScore(Score):
         self, in_features: int, plan: LayerPlan, *, rounds: int = 3, width: int = 64
     ) -> None:
         super().__init__(in_features, plan)
-        require_count("rounds", rounds)
+        require_count("rounds", rounds, MAX_ROUNDS)
         require_count("width", width)
         if not plan.is_uniform:
             raise ConfigError(

@@ -1,0 +1,1 @@
+"""Damaged and hostile files through every loader and command: `make fuzz`."""
