@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -23,6 +25,17 @@ FORMAT_VERSION = 1
 
 _NO_SHAPES: Mapping[str, tuple[int, ...]] = {}
 
+# Keys that may change in a saved configuration without the adapter answering otherwise: where its
+# base lies now, what saving again notes, and what training alone reads.
+FREE_KEYS = frozenset(
+    {
+        *("base_model_name_or_path", "revision", "task_type", "auto_mapping"),
+        *("inference_mode", "peft_version", "runtime_config"),
+        *("lora_dropout", "aux_losses", "gate_rescale", "gate_rescale_scope"),
+        "checksum",
+    }
+)
+
 C = TypeVar("C", bound=type)
 
 
@@ -37,6 +50,15 @@ def _refuse_unknown_keys(cls: C) -> C:
 
     @functools.wraps(generated)
     def checked_init(self: Any, *args: Any, **kwargs: Any) -> None:
+        checksum = kwargs.pop("checksum", None)
+        # A member of the enum is not from a file: somebody changes a configuration in memory.
+        in_memory = isinstance(kwargs.get("peft_type"), PeftType)
+        if checksum not in (None, checksum_of(kwargs)) and not in_memory:
+            raise AdapterError(
+                "The adapter's configuration was changed after it was saved, and it would answer "
+                "otherwise; save or download it again, or, if you mean it, take 'checksum' out of "
+                "adapter_config.json."
+            )
         unknown = sorted(set(kwargs) - known)
         if unknown:
             raise ConfigError(unknown_key_message("MoeLoraConfig", unknown[0], known))
@@ -45,6 +67,16 @@ def _refuse_unknown_keys(cls: C) -> C:
     # Setting a dunder through setattr keeps the generated signature visible to help() and IDEs.
     setattr(cls, "__init__", checked_init)  # noqa: B010
     return cls
+
+
+def checksum_of(content: Mapping[str, Any]) -> str:
+    """Digest of what a configuration's file says that decides answers.
+
+    It stands in the file itself, since it is all that stock loaders read.
+    """
+    deciding = {key: value for key, value in content.items() if key not in FREE_KEYS}
+    text = json.dumps(deciding, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 @_refuse_unknown_keys
@@ -256,7 +288,8 @@ class MoeLoraConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe, and in the same order every time: PEFT keeps matched names in sets."""
         content: dict[str, Any] = super().to_dict()
-        return {k: sorted(v) if isinstance(v, set) else v for k, v in content.items()}
+        content = {k: sorted(v) if isinstance(v, set) else v for k, v in content.items()}
+        return {**content, "checksum": checksum_of(content)}
 
     def _take_paths(self) -> None:
         """Read the files that a person names; those that a saved configuration names stay shut."""

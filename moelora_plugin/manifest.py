@@ -15,6 +15,7 @@ from typing import Any
 
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
 
+from .config import FREE_KEYS
 from .errors import AdapterError, first_line
 from .fingerprints import is_fingerprint, is_finite_number
 
@@ -22,15 +23,6 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 MANIFEST_FILE = "moelora.json"
 
-# Keys of a configuration that may change without the adapter answering otherwise: where its base
-# lies now, what saving again notes, and what training alone reads.
-_FREE_KEYS = frozenset(
-    {
-        *("base_model_name_or_path", "revision", "task_type", "auto_mapping"),
-        *("inference_mode", "peft_version", "runtime_config"),
-        *("lora_dropout", "aux_losses", "gate_rescale", "gate_rescale_scope"),
-    }
-)
 _ABSENT = object()
 
 
@@ -158,7 +150,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def deciding_config(folder: Path) -> dict[str, Any]:
     """The part of a configuration that decides what the adapter answers."""
     config = read_adapter_config(folder)
-    return {key: value for key, value in config.items() if key not in _FREE_KEYS}
+    return {key: value for key, value in config.items() if key not in FREE_KEYS}
 
 
 def verify_config(folder: Path) -> None:

@@ -1,0 +1,102 @@
+"""An edited configuration is refused by every loader, stock ones included."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import PeftConfig, PeftModel, get_peft_model
+from tiny import tiny_llama
+from transformers import AutoModelForCausalLM
+
+from moelora_plugin import MoeLoraConfig
+from moelora_plugin.errors import AdapterError
+
+EDITS: dict[str, Any] = {
+    "lora_alpha": 32,
+    "use_rslora": True,
+    "top_k": 1,
+    "router": "softmax",
+    "router_kwargs": {"renormalize": False},
+    "target_modules": ["q_proj"],
+    "scale": "constant",
+    "total_rank": True,
+}
+LOADERS: dict[str, Callable[[Path], Any]] = {
+    "PeftConfig": lambda folder: PeftConfig.from_pretrained(str(folder)),
+    "MoeLoraConfig": lambda folder: MoeLoraConfig.from_pretrained(str(folder)),
+    "PeftModel": lambda folder: PeftModel.from_pretrained(tiny_llama(), str(folder)),
+    "transformers": lambda folder: AutoModelForCausalLM.from_pretrained(str(folder)),
+    "mapping": lambda folder: MoeLoraConfig(**json.loads(file_of(folder).read_text())),
+}
+
+
+def file_of(folder: Path) -> Path:
+    return folder / "adapter_config.json"
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Saved by PEFT alone: no manifest."""
+    folder = tmp_path_factory.mktemp("saved")
+    base = tiny_llama()
+    base.save_pretrained(folder / "base")
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    config = MoeLoraConfig(r=2, num_experts=4, top_k=2, target_modules=["q_proj", "v_proj"])
+    get_peft_model(base, config).save_pretrained(folder / "adapter")
+    return folder / "adapter"
+
+
+@pytest.fixture
+def edit(adapter: Path, tmp_path: Path) -> Callable[..., Path]:
+    def edited(**changes: Any) -> Path:
+        content = json.loads(file_of(adapter).read_text())
+        for file in adapter.iterdir():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+        content = {k: v for k, v in {**content, **changes}.items() if v is not ...}
+        file_of(tmp_path).write_text(json.dumps(content))
+        return tmp_path
+
+    return edited
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("key", EDITS)
+def test_edit_is_refused(edit: Callable[..., Path], loader: str, key: str) -> None:
+    with pytest.raises(AdapterError, match=r"changed after it was saved.*checksum"):
+        LOADERS[loader](edit(**{key: EDITS[key]}))
+
+
+@pytest.mark.parametrize("key", ["lora_alpha", "top_k", "router"])
+def test_missing_key_is_refused(edit: Callable[..., Path], key: str) -> None:
+    with pytest.raises(AdapterError, match="changed after it was saved"):
+        PeftConfig.from_pretrained(str(edit(**{key: ...})))
+
+
+def test_edit_that_is_meant(edit: Callable[..., Path]) -> None:
+    config = PeftConfig.from_pretrained(str(edit(top_k=1, checksum=...)))
+    assert config.top_k == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"base_model_name_or_path": "elsewhere"}, {"lora_dropout": 0.5}, {"revision": "main"}],
+)
+def test_what_decides_no_answer_may_change(
+    edit: Callable[..., Path], change: dict[str, Any]
+) -> None:
+    config = PeftConfig.from_pretrained(str(edit(**change)))
+    ((key, value),) = change.items()
+    assert getattr(config, key) == value
+
+
+def test_changes_in_memory_are_nobody_else_s(adapter: Path, tmp_path: Path) -> None:
+    config = MoeLoraConfig.from_pretrained(str(adapter))
+    changed = replace(config, top_k=1)
+    assert MoeLoraConfig(**{**config.to_dict(), "top_k": 1}).top_k == 1
+    changed.save_pretrained(str(tmp_path))
+    assert MoeLoraConfig.from_pretrained(str(tmp_path)).top_k == 1
