@@ -26,8 +26,17 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _WIDTH = 64  # of what a router reads
+_DIVISIBLE = 5040  # experts, by whatever an option divides them
 # What a part may raise on a value that it cannot use.
-_MISUSE = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError)
+_MISUSE = (
+    TypeError,
+    ValueError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    AssertionError,
+    RuntimeError,
+)
 
 
 def check_parts(config: MoeLoraConfig) -> None:
@@ -90,24 +99,20 @@ def _found(config: MoeLoraConfig, kind: Family, name: str) -> Any:
 def _plans(config: MoeLoraConfig, allocation: Any) -> list[LayerPlan]:
     """What a module may get: the plan where it is known, else several."""
     home = FAMILIES["allocations"].home()
-    if allocation in home.CHECKS:
-        home.CHECKS[allocation](config)
-    known: LayerPlan | None = None
-    if allocation is home.uniform:
-        known = home.uniform(config, None)
-    if known is not None and config.site in ("linear", "model"):
-        return [known]
+    known: list[LayerPlan] = home.CHECKS[allocation](config) if allocation in home.CHECKS else []
+    if allocation is home.uniform and config.site in ("linear", "model"):
+        return known
     experts, top_k, alpha = config.num_experts, config.top_k, config.lora_alpha
     rank = 1 if config.total_rank else config.r
-    others = [
+    return [
+        *known,
         LayerPlan(experts, top_k, (rank,) * experts, alpha),
         LayerPlan(experts, top_k, (1,) * experts, alpha),
         LayerPlan(experts, 1, (1,) * experts, alpha),
         LayerPlan(1, 1, (rank,), alpha),
         LayerPlan(1, 1, (1,), alpha),
-        LayerPlan(60, 60, (1,) * 60, alpha),  # divides by whatever people divide by
+        LayerPlan(_DIVISIBLE, _DIVISIBLE, (1,) * _DIVISIBLE, alpha),
     ]
-    return others if known is None else [known, *others]
 
 
 def _build(
@@ -137,9 +142,9 @@ def _first_that_works(
                 return call(*given_)
         except ConfigError as error:
             first = first or error
-        except (NotImplementedError, RuntimeError):
-            return None
         except _MISUSE as error:
+            if isinstance(error, RuntimeError) and "meta" in str(error):
+                return None
             first = first or ConfigError(
                 f"{where} cannot be used by {name!r}: {first_line(error)}."
             )

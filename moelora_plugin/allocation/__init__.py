@@ -28,8 +28,8 @@ ALLOCATIONS: dict[str, Allocation] = {
     "modules": modules,
 }
 
-# What of an allocation's options can be checked without a base.
-CHECKS: dict[Allocation, Callable[[MoeLoraConfig], None]] = {
+# What of an allocation's options can be checked without a base, and the plans that are then known.
+CHECKS: dict[Allocation, Callable[[MoeLoraConfig], list[LayerPlan]]] = {
     uniform: check_uniform,
     layers: check_layers,
     pattern: check_pattern,

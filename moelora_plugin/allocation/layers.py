@@ -74,8 +74,8 @@ def layers(
     return plan_from(config, "allocation_kwargs", values)
 
 
-def check_layers(config: MoeLoraConfig) -> None:
-    """Without a base: as many layers as the longest list has entries must do.
+def check_layers(config: MoeLoraConfig) -> list[LayerPlan]:
+    """Without a base: the plans, if there are as many layers as the longest list has entries.
 
     Raises:
         ConfigError: they do not.
@@ -92,8 +92,8 @@ def check_layers(config: MoeLoraConfig) -> None:
             f"allocation_kwargs has a list of {longest} entries; no model has more than "
             f"{MAX_LAYERS:,} layers."
         )
-    for layer in range(longest):
-        layers(config, Place("", layer, longest), **options)
+    plans = [layers(config, Place("", layer, longest), **options) for layer in range(longest)]
+    return list(dict.fromkeys(plans))
 
 
 def _entries(axis: str, option: Any, mean: int) -> Sequence[Any]:

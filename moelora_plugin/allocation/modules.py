@@ -47,14 +47,14 @@ def modules(
     return _plan_of(config, name, modules[name])
 
 
-def check_modules(config: MoeLoraConfig) -> None:
-    """Without a base: every entry has to be one.
+def check_modules(config: MoeLoraConfig) -> list[LayerPlan]:
+    """Without a base: the plans of all entries.
 
     Raises:
-        ConfigError: one is not.
+        ConfigError: an entry is none.
     """
-    for name, entry in _required(config.allocation_kwargs.get("modules")).items():
-        _plan_of(config, name, entry)
+    entries = _required(config.allocation_kwargs.get("modules"))
+    return list(dict.fromkeys(_plan_of(config, name, entry) for name, entry in entries.items()))
 
 
 def _required(modules: object) -> Mapping[str, Any]:

@@ -58,8 +58,8 @@ def pattern(
     return plan_from(config, "allocation_kwargs", values)
 
 
-def check_pattern(config: MoeLoraConfig) -> None:
-    """Without a base: patterns have to be such, and the values of their kinds.
+def check_pattern(config: MoeLoraConfig) -> list[LayerPlan]:
+    """Without a base: patterns have to be such, and the values of their kinds; no plan is known.
 
     Raises:
         ConfigError: one is not.
@@ -68,6 +68,7 @@ def check_pattern(config: MoeLoraConfig) -> None:
         for expression, value in (mapping or {}).items():
             require_pattern(f"allocation_kwargs[{axis!r}]", expression, whole_name(expression))
             require_values(f"allocation_kwargs[{axis!r}][{expression!r}]", {axis: value})
+    return []
 
 
 def _matches(axis: str, expression: str, name: str) -> bool:

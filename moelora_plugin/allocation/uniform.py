@@ -16,10 +16,10 @@ def uniform(config: MoeLoraConfig, place: Place | None) -> LayerPlan:
     return plan_of(config, config.num_experts, config.top_k, config.r, config.lora_alpha)
 
 
-def check_uniform(config: MoeLoraConfig) -> None:
-    """Without a base: the numbers have to fit together.
+def check_uniform(config: MoeLoraConfig) -> list[LayerPlan]:
+    """Without a base: the plan, whose numbers have to fit together.
 
     Raises:
         ConfigError: they do not.
     """
-    uniform(config, None)
+    return [uniform(config, None)]
