@@ -30,8 +30,9 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
-def _is_list_of_texts(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(one, str) for one in value)
+def _is_tasks(value: object) -> bool:
+    """Names, or names with their shares."""
+    return isinstance(value, list | dict) and all(isinstance(one, str) for one in value)
 
 
 def _is_data(value: object) -> bool:
@@ -82,7 +83,7 @@ _HISTORY: Mapping[tuple[str, ...], _Check] = {
     ("recipe",): _OBJECT,
     ("recipe", "seed"): _WHOLE,
     ("recipe", "data"): _OBJECT,
-    ("recipe", "data", "tasks"): (_is_list_of_texts, "a list of texts"),
+    ("recipe", "data", "tasks"): (_is_tasks, "a list of names"),
     ("recipe", "data", "limit"): _WHOLE,
     ("recipe", "optimizer"): _OBJECT,
     ("recipe", "optimizer", "name"): _TEXT,

@@ -138,7 +138,7 @@ def _targets(value: Any) -> str:
 def _training(manifest: Mapping[str, Any]) -> dict[str, str]:
     facts: dict[str, str] = {}
     if (tasks := entry(manifest, "recipe", "data", "tasks")) is not None:
-        facts["Trained on"] = _listing(tasks)
+        facts["Trained on"] = _listing(list(tasks))
     if (name := entry(manifest, "recipe", "optimizer", "name")) is not None:
         rates = {"lr": "lr", "gate_lr": "gate lr"}
         found = {said: entry(manifest, "recipe", "optimizer", key) for key, said in rates.items()}
