@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from .allocation import ALLOCATIONS
 from .config import MoeLoraConfig
 from .errors import ConfigError
+from .frozen import freeze_again
 from .initialization import INITIALIZATIONS
 from .layers import AuxLosses, MoeLoraLinear, RoutedLayer, Shared
 from .layers.block import blocks_of
@@ -197,13 +198,10 @@ class MoeLoraModel(BaseTuner):
                 if adapter in layer.moelora_mixture and adapter not in layer.merged_adapters:
                     layer.refuse_merge(adapter)
 
-    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """PEFT's own casts parameters; frozen experts and offsets meet those in products."""
-        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        if not autocast_adapter_dtype:
-            return
-        for layer in routed_layers(self.model).values():
-            layer.widen_buffers(adapter_name)
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        """PEFT's own, where `bias="all"` means all that is called bias: ours stay frozen."""
+        super()._mark_only_adapters_as_trainable(model)
+        freeze_again(model)
 
     def config_of(self, adapter: str) -> MoeLoraConfig:
         """The adapter's configuration."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 GateRescale = Literal["none", "sqrt", "exact"]
 GateRescaleScope = Literal["weights", "output"]
 Shared = Literal["none", "a", "b"]
+Frozen = Literal["none", "a", "b"]
 OptimizerName = Literal["rsgd", "grsgd", "radamw", "gradamw"]
 
 
@@ -216,7 +217,7 @@ class Place:
 class ExpertPair:
     """The factors of one layer's experts, as the Riemannian optimizers take them.
 
-    A factor that is frozen (a buffer) still gives its partner's metric.
+    A factor that is frozen still gives its partner's metric.
 
     Attributes:
         a: stacked A (R, in), or one A (r, in) that all experts share.
@@ -224,6 +225,7 @@ class ExpertPair:
         ranks: rank of each expert.
         scaling: LoRA scale s.
         shared: which factor the experts share.
+        frozen: which factor the expert kind never trains.
     """
 
     a: torch.Tensor
@@ -231,3 +233,4 @@ class ExpertPair:
     ranks: tuple[int, ...]
     scaling: float
     shared: Shared = "none"
+    frozen: Frozen = "none"

@@ -128,7 +128,7 @@ def grown(name: str, seed: int = 0, **overrides: Any) -> PeftModel:
     torch.manual_seed(seed + 1)
     for layer in moelora_layers(model).values():
         for tensor in layer.tensors().values():
-            if isinstance(tensor, nn.Parameter):
+            if tensor.requires_grad:
                 tensor.data += 0.3 * torch.randn_like(tensor)
     return model
 

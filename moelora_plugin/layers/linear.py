@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from ..config import MoeLoraConfig
 from ..errors import ConfigError
 from ..experts import EXPERTS
+from ..frozen import KeepsFrozen
 from ..initialization import INITIALIZATIONS, InitInput
 from ..lookup import lookup, with_options
 from ..scaling import scale_of
 from ..types import (
     ExpertInput,
     ExpertPair,
+    Frozen,
     GateRescaleScope,
     Gates,
     LayerPlan,
@@ -37,18 +39,17 @@ from .routed import RoutedLayer, Shared
 _NOT_LINEAR = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
 
 
-class Factors(nn.Module):
+class Factors(KeepsFrozen):
     """Tensors as a module, so that their names have the adapter between dots, as PEFT's own have.
 
     TRL finds the parameters of an adapter by ".default." where it makes a copy as the reference.
-    A frozen tensor is a buffer: it is saved, and nothing sets its requires_grad.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], frozen: frozenset[str]) -> None:
         super().__init__()
         for name, shape in shapes.items():
             if name in frozen:
-                self.register_buffer(name, torch.empty(shape))
+                self.register_frozen(name, torch.empty(shape))
             else:
                 self.register_parameter(name, nn.Parameter(torch.empty(shape)))
 
@@ -193,7 +194,6 @@ class MoeLoraLinear(FoldingLinear):
             found["B"] = cast(Tensor, factors.weight)
         if (extra := self.part("moelora_extra", adapter)) is not None:
             found.update(extra.named_parameters())
-            found.update(extra.named_buffers())
         return found
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -321,14 +321,17 @@ class MoeLoraLinear(FoldingLinear):
     def expert_pairs(self) -> list[ExpertPair]:
         """The (A, B) pairs that train, as the optimizers take them.
 
-        One factor may be frozen by its expert kind (a buffer), but not by hand.
+        One factor may be frozen by its expert kind, but not by hand.
         """
         pairs = []
-        for adapter in self.moelora_mixture:
+        for adapter, mixture in self.moelora_mixture.items():
+            frozen = {id(self.tensors(adapter)[name]) for name in mixture.experts.frozen}
             for pair in self._pairs(adapter):
-                parameters = [f for f in (pair.a, pair.b) if isinstance(f, nn.Parameter)]
-                if parameters and all(factor.requires_grad for factor in parameters):
-                    pairs.append(pair)
+                kept = [s for s, f in (("a", pair.a), ("b", pair.b)) if id(f) in frozen]
+                side = cast(Frozen, kept[0] if len(kept) == 1 else "none")
+                factors = [f for f in (pair.a, pair.b) if id(f) not in frozen]
+                if factors and all(factor.requires_grad for factor in factors):
+                    pairs.append(replace(pair, frozen=side))
         return pairs
 
     def unpaired_parameters(self) -> list[nn.Parameter]:
@@ -337,11 +340,9 @@ class MoeLoraLinear(FoldingLinear):
         for adapter in self.moelora_mixture:
             paired = {id(factor) for pair in self._pairs(adapter) for factor in (pair.a, pair.b)}
             found += [
-                tensor
+                cast(nn.Parameter, tensor)
                 for tensor in self.tensors(adapter).values()
-                if isinstance(tensor, nn.Parameter)
-                and tensor.requires_grad
-                and id(tensor) not in paired
+                if tensor.requires_grad and id(tensor) not in paired
             ]
         return found
 

@@ -5,6 +5,7 @@ Shape suffixes: T tokens, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from ..call import Call, CallContext
 from ..config import MoeLoraConfig
 from ..errors import ConfigError
+from ..frozen import freeze_again
 from ..lookup import lookup, with_options
 from ..losses import LossInput
 from ..routers import ROUTERS, Router
@@ -42,8 +44,10 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
     `moelora_router` (from logits to gates; most have no parameters) and `moelora_modifiers`.
     """
 
-    router_layer_names = ("moelora_gate", "moelora_router", "moelora_modifiers")
+    router_layer_names = ("moelora_gate", "moelora_router")
+    # Modifiers hold counts, which PEFT could not ask to train.
     router_param_names = (
+        "moelora_modifiers",
         "moelora_input",
         "moelora_aux_losses",
         "moelora_gate_rescale",
@@ -128,6 +132,8 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
                 for name, value in config.router_modifiers.items()
             ]
         )
+        for container in (self.moelora_gate, self.moelora_router, self.moelora_modifiers):
+            _refuse_buffers(container[adapter])
         before_call = self.shared.call.before_call
         if config.router_modifiers and self.before_call not in before_call:
             before_call.append(self.before_call)
@@ -136,18 +142,20 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
     def place_router(self, adapter: str, like: Tensor) -> None:
         """Put a router that was made after injection where a tensor is, in its dtype."""
         if not like.is_meta:  # which has no values; they come with the adapter's file
-            for name in self.router_layer_names:
-                getattr(self, name)[adapter].to(like.device, like.dtype)
+            for container in (self.moelora_gate, self.moelora_router, self.moelora_modifiers):
+                container[adapter].to(like.device, like.dtype)
 
-    def widen_buffers(self, adapter: str) -> None:
-        """Make an adapter's half precision buffers fp32, as PEFT makes its parameters."""
-        for name in self.adapter_layer_names:
-            container = getattr(self, name)
-            for module in container[adapter].modules() if adapter in container else ():
-                for key, buffer in module.named_buffers(recurse=False):
-                    if buffer.is_floating_point():
-                        wide = torch.promote_types(buffer.dtype, torch.float32)
-                        setattr(module, key, buffer.to(wide))
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """PEFT's own, which has all of an active adapter train: frozen tensors stay frozen."""
+        super().set_adapter(adapter_names, inference_mode)
+        freeze_again(self)
+
+    def set_requires_grad(
+        self, adapter_names: str | Sequence[str], requires_grad: bool = True
+    ) -> None:
+        """PEFT's own; frozen tensors stay frozen."""
+        super().set_requires_grad(adapter_names, requires_grad)
+        freeze_again(self)
 
     def set_gate_rescale(self, adapter: str, config: MoeLoraConfig) -> None:
         """Take an adapter's exponent from its configuration.
@@ -293,3 +301,13 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
 
     def _modifiers(self, adapter: str) -> RouterModifiers:
         return cast(RouterModifiers, self.part("moelora_modifiers", adapter))
+
+
+def _refuse_buffers(part: nn.Module) -> None:
+    """A part's state has to travel wherever an adapter is copied, which buffers do not."""
+    buffers = sorted({*part.state_dict()} - {name for name, _ in part.named_parameters()})
+    if buffers:
+        raise ConfigError(
+            f"{type(part).__name__} keeps {buffers[0]!r} as a buffer, which copies of an adapter "
+            "lose; add it by register_frozen."
+        )

@@ -4,7 +4,7 @@ A group is an ordinary dict of torch's with a `role`:
 
     experts   params A0, B0, A1, B1, ...; `ranks`, `scalings`, `shared` and `frozen` hold one entry
               per pair. A factor that the expert kind freezes ("a" or "b" in `frozen`) is not among
-              them: it is a buffer, which engines do not know as a parameter. Whoever takes its
+              them, since an engine would give it a gradient and moments. Whoever takes its
               partner's metric reads it from `frozen_factors`, which `take_frozen` moves out of the
               group, since a state dict is no place for it
     gates     the routers' parameters; `max_grad_norm` clips their joint gradient
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
@@ -35,12 +35,11 @@ GATES = "gates"
 OTHER = "other"
 
 Group = dict[str, Any]
-Frozen = Literal["none", "a", "b"]
 
 
 @dataclass(frozen=True)
 class FrozenFactor:
-    """A buffer by its place, since moving a model to a device replaces buffers.
+    """A tensor by its place, since engines that shard or move a model replace its tensors.
 
     Attributes:
         module: what holds it.
@@ -51,7 +50,7 @@ class FrozenFactor:
     name: str
 
     def __call__(self) -> Tensor:
-        """The buffer as it is now."""
+        """The tensor as it is now."""
         return cast(Tensor, getattr(self.module, self.name))
 
 
@@ -130,7 +129,7 @@ def parameter_groups(
     placed = [(module, pair) for module, pairs in pairs_by_module(model) for pair in pairs]
     pairs = [pair for _, pair in placed]
     gates = [p for layer in routed_layers(model).values() for p in layer.gate_parameters()]
-    experts = [p for pair in pairs for p in (pair.a, pair.b) if isinstance(p, nn.Parameter)]
+    experts = [p for pair in pairs for p in _trained(pair)]
     unpaired = [p for layer in moelora_layers(model).values() for p in layer.unpaired_parameters()]
     _refuse_uncovered(model, {id(p) for p in (*experts, *gates, *unpaired)})
     covered = {id(p) for p in (*experts, *gates)}
@@ -144,7 +143,7 @@ def parameter_groups(
             "ranks": [list(pair.ranks) for pair in pairs],
             "scalings": [pair.scaling for pair in pairs],
             "shared": [pair.shared for pair in pairs],
-            "frozen": [_frozen(pair) for pair in pairs],
+            "frozen": [pair.frozen for pair in pairs],
             "frozen_factors": [frozen_factor(module, pair) for module, pair in placed],
         },
         {
@@ -166,24 +165,21 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
-def _frozen(pair: ExpertPair) -> Frozen:
-    """Which factor of a pair is a buffer."""
-    if isinstance(pair.a, nn.Parameter):
-        return "none" if isinstance(pair.b, nn.Parameter) else "b"
-    return "a"
+def _trained(pair: ExpertPair) -> list[Tensor]:
+    """The factors of a pair that train."""
+    return [f for side, f in (("a", pair.a), ("b", pair.b)) if side != pair.frozen]
 
 
 def frozen_factor(module: nn.Module, pair: ExpertPair) -> FrozenFactor | None:
     """Where the frozen factor of one of the module's pairs is; None where both train."""
-    side = _frozen(pair)
-    if side == "none":
+    if pair.frozen == "none":
         return None
-    factor = pair.a if side == "a" else pair.b
+    factor = pair.a if pair.frozen == "a" else pair.b
     return next(
         FrozenFactor(inner, name)
         for inner in module.modules()
-        for name, buffer in inner.named_buffers(recurse=False)
-        if buffer is factor
+        for name, parameter in inner.named_parameters(recurse=False)
+        if parameter is factor
     )
 
 

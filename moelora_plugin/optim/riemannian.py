@@ -19,9 +19,9 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..ops.precondition import damped_inverses, metric_of, precondition
+from ..ops.sharded import sharded_like, whole
 from ..types import Shared
 from .groups import EXPERTS, GATES, FrozenFactor, Group, factors_of, take_frozen
-from .sharded import sharded_like, whole
 
 ORDERS = ("jacobi", "gauss_seidel")
 
@@ -246,8 +246,8 @@ class _Riemannian(torch.optim.Optimizer):
                 learner, partner = (a, b) if side == "a" else (b, a)
                 if learner is None or learner.grad is None:
                     continue
-                buffer = frozen[i]
-                factor = partner if buffer is None else buffer()
+                constant = frozen[i]
+                factor = partner if constant is None else constant()
                 assert factor is not None
                 ranks, shared = group["ranks"][i], group["shared"][i]
                 found.append((i, learner, side, ranks, shared))
