@@ -40,8 +40,9 @@ class MoeLoraModel(BaseTuner):
     )
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        # The constructor injects the first adapter, whose layers share this.
-        self.shared = Shared()
+        # The constructor injects the first adapter, whose layers share this. Where adapters are
+        # added without a PeftModel, each comes with a tuner of its own.
+        self.shared = next((layer.shared for layer in routed_layers(model).values()), Shared())
         self._sites: dict[str, Site] = {}
         super().__init__(model, *args, **kwargs)
 
@@ -152,11 +153,9 @@ class MoeLoraModel(BaseTuner):
         return self._sites[adapter]
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """PEFT's own, which passes over modules inside others of ours: blocks lose it here."""
+        """PEFT's own; then blocks without adapters leave their modules."""
         super().delete_adapter(adapter_name)
         for ffn, block in blocks_of(self.model):
-            block.delete_adapter(adapter_name)
-            block.set_adapter(self.active_adapters)
             if not block.moelora_router:
                 block.remove_from(ffn)
 
@@ -203,17 +202,6 @@ class MoeLoraModel(BaseTuner):
         super()._mark_only_adapters_as_trainable(model)
         freeze_again(model)
 
-    def config_of(self, adapter: str) -> MoeLoraConfig:
-        """The adapter's configuration."""
-        return cast(MoeLoraConfig, self.peft_config[adapter])
-
-    def set_gate_rescale(self, mode: GateRescale, adapter: str) -> None:
-        """Fix the backward exponent of an adapter; its config records the value that was used."""
-        self.config_of(adapter).gate_rescale = mode
-        for layer in routed_layers(self).values():
-            if adapter in layer.moelora_gate_rescale:
-                layer.moelora_gate_rescale[adapter] = mode
-
 
 def moelora_layers(model: nn.Module) -> dict[str, MoeLoraLinear]:
     """Every adapted module by its name in `model`."""
@@ -247,6 +235,27 @@ def places(names: Iterable[str]) -> dict[str, Place]:
         name: Place(name) if at is None else Place(name, at[1], lengths[at[0]])
         for name, at in found.items()
     }
+
+
+def active_configs(model: nn.Module) -> dict[str, MoeLoraConfig]:
+    """The active adapters' configurations by name, whoever added the adapters: PEFT or the base."""
+    active = [name for layer in routed_layers(model).values() for name in layer.active_adapters]
+    found: dict[str, Any] = {}
+    for module in model.modules():
+        found.update(vars(module).get("peft_config") or {})
+    return {
+        name: found[name]
+        for name in dict.fromkeys(active)
+        if isinstance(found.get(name), MoeLoraConfig)
+    }
+
+
+def use_gate_rescale(model: nn.Module, mode: GateRescale, adapter: str) -> None:
+    """Train an active adapter with this exponent, which its file will name."""
+    active_configs(model)[adapter].gate_rescale_used = mode
+    for layer in routed_layers(model).values():
+        if adapter in layer.moelora_gate_rescale:
+            layer.moelora_gate_rescale[adapter] = mode
 
 
 def find_tuner(model: Any) -> MoeLoraModel | None:

@@ -5,6 +5,10 @@ Everything here is safe to call any number of times.
 
 from __future__ import annotations
 
+import functools
+import re
+import sys
+from collections.abc import Callable
 from enum import Enum
 from typing import Any, get_args
 
@@ -37,6 +41,35 @@ def register() -> None:
         register_peft_method(
             name=PEFT_TYPE.lower(), config_cls=MoeLoraConfig, model_cls=MoeLoraModel
         )
+
+
+def register_block_keys() -> None:
+    """Make transformers' own `load_adapter` find the routers of blocks.
+
+    It puts the adapter's name behind the first part of a key that begins with PEFT's prefix. For
+    the router of a block, `mlp.moelora_block.moelora_gate.weight`, that is one part too early.
+    """
+    for name in ("peft.utils.transformers_weight_conversion", "transformers.integrations.peft"):
+        module: Any = sys.modules.get(name)
+        build = vars(module).get("build_peft_weight_mapping") if module is not None else None
+        if build is not None and not hasattr(build, "__wrapped__"):
+            module.build_peft_weight_mapping = _with_block_keys(build)
+
+
+def _with_block_keys(build: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    @functools.wraps(build)
+    def build_peft_weight_mapping(
+        weight_conversions: Any, adapter_name: str, peft_config: Any = None
+    ) -> list[Any]:
+        mapping = build(weight_conversions, adapter_name, peft_config=peft_config)
+        if mapping and getattr(peft_config, "peft_type", None) == "MOELORA":
+            from transformers.core_model_loading import WeightRenaming
+
+            source = rf"moelora_block\.{re.escape(adapter_name)}\.(moelora_[^\.]*)"
+            mapping.append(WeightRenaming(source, rf"moelora_block.\1.{adapter_name}"))
+        return mapping
+
+    return build_peft_weight_mapping
 
 
 def register_optimizer_names() -> None:

@@ -308,6 +308,11 @@ class BlockGates(GateSource):
             rows_PO = restore_gradient(rows_PO, current.dispatch.gates_P, current.rescale)
         return rows_PO.unsqueeze(0)
 
+    def forget(self, linear: MoeLoraLinear, adapter: str) -> None:
+        """PEFT, which passes over modules inside others of ours, leaves the block to us."""
+        self.block.delete_adapter(adapter)
+        self.block.set_adapter(linear.active_adapters)
+
     def fixed_weights(self, linear: FoldingLinear, adapter: str) -> Tensor | None:
         """See `MoeLoraBlock.chosen`.
 

@@ -146,6 +146,13 @@ class MoeLoraLinear(FoldingLinear):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """PEFT's own, and for what decides about the adapter here."""
+        source = self.moelora_gate_source.get(adapter_name)
+        super().delete_adapter(adapter_name)
+        if source is not None:
+            source.forget(self, adapter_name)
+
     def _add_tensors(self, adapter: str, config: MoeLoraConfig, module_name: str) -> None:
         mixture = self.moelora_mixture[adapter]
         experts, plan = mixture.experts, mixture.plan
