@@ -53,6 +53,34 @@ class Call:
     ids: Mapping[str, Tensor] = field(default_factory=dict)
     is_training: bool = False
     kept: Kept = field(default_factory=dict)
+    _of_rows: dict[tuple[int, ...], Call] = field(default_factory=dict, init=False, repr=False)
+
+    def rows(self, index: Sequence[int]) -> Call:
+        """The same call as seen by a layer that gets only some of its sequences.
+
+        The same sequences give the same object, so that layers can tell that they are in one call.
+        What is kept for later calls of a generation is shared: an adapter that gets these
+        sequences at the first call gets them at all.
+
+        Args:
+            index: which sequences, in their order.
+        """
+        key = tuple(index)
+        if key not in self._of_rows:
+            self._of_rows[key] = self._narrowed(list(key))
+        return self._of_rows[key]
+
+    def _narrowed(self, index: list[int]) -> Call:
+        def chosen(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[index]
+
+        return replace(
+            self,
+            shape=None if self.shape is None else (len(index), self.shape[1]),
+            real_BS=chosen(self.real_BS),
+            prompt_BS=chosen(self.prompt_BS),
+            ids={name: ids[index] if ids.ndim else ids for name, ids in self.ids.items()},
+        )
 
     @property
     def begins(self) -> bool | None:
