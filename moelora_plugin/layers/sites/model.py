@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ...call import Call
+from ...call.reading import cache_among, named_arguments
 from ...config import MoeLoraConfig
 from ...errors import ConfigError
 from ...routers import Router
@@ -269,7 +270,7 @@ class _ModelGates(GateSource):
             index = torch.arange(self.index, len(routing.weights), passes.layers)
             routing = routing.rows(index.to(routing.weights.device))
         if linear.record_routing and (passes.layers or linear is passes.owner):
-            linear.last_routing[adapter] = routing.detach()
+            linear.record(adapter, routing, passes.owner.shared.call.call.real_T)
         if len(routing.weights) != tokens:
             raise ConfigError(
                 f"site='model' decides about the model's {len(routing.weights)} tokens, but a "
@@ -294,9 +295,8 @@ def _last_hidden_states(module: nn.Module, args: Any, kwargs: dict[str, Any]) ->
     Raises:
         ConfigError: a cache is in use, or the model has no such output.
     """
-    names = inspect.signature(module.forward).parameters
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    if given.get("use_cache") or given.get("past_key_values") is not None:
+    given = named_arguments(module, args, kwargs)
+    if given.get("use_cache") or cache_among(given) is not None:
         raise ConfigError(
             "site='model' reads all tokens twice, which a cache of the past rules out; pass "
             "use_cache=False (also to generate)."
