@@ -145,8 +145,9 @@ class CallContext:
                     del hooks[key]
 
     @property
-    def _has_decoder(self) -> bool:
-        return any(part.is_decoder for part in self._watched.values())
+    def decoder(self) -> str | None:
+        """The part whose tokens the model's outputs are of; None where they are the model's own."""
+        return next((name for name, part in self._watched.items() if part.is_decoder), None)
 
     def _owns(self, hook: Any) -> bool:
         owner = getattr(hook, "__self__", None)
@@ -162,7 +163,7 @@ class CallContext:
         given = {name: kwargs[name] for name in ROUTING_IDS if kwargs.get(name) is not None}
         kwargs = {name: value for name, value in kwargs.items() if name not in ROUTING_IDS}
         call = read_call(module, args, kwargs, self.ids, given)
-        if self.generations and part.is_text and not self._has_decoder and call.shape is not None:
+        if self.generations and part.is_text and self.decoder is None and call.shape is not None:
             call = replace(call, ends=self.generations[-1].end_of(call.shape[1]))
         if self._kept:
             cache = cache_among(named_arguments(module, args, kwargs))

@@ -200,6 +200,17 @@ class Call:
             for m in whole._all_memories()
         ]
 
+    def is_memory(self, stream: str | None, x: Tensor) -> bool:
+        """Whether x is what a layer of this stream reads of another."""
+        call = self if stream is None else self._stream(stream)
+        return call is not None and any(
+            x is memory.states_BSH
+            or (
+                x.shape == memory.states_BSH.shape and torch.equal(x, memory.states_BSH.to(x.dtype))
+            )
+            for memory in call._all_memories()
+        )
+
     def _about(self, x: Tensor) -> Call:
         """The call, or the memory's where x is one."""
         for memory in self._all_memories():
