@@ -22,6 +22,7 @@ from .initialization import INITIALIZATIONS
 from .layers import AuxLosses, MoeLoraLinear, RoutedLayer, Shared
 from .layers.block import blocks_of
 from .layers.sites import SITES, Site
+from .layers.streams import assign_streams
 from .lookup import lookup, with_options
 from .types import GateRescale, Place
 
@@ -74,10 +75,7 @@ class MoeLoraModel(BaseTuner):
         self.aux_losses.num_layers[adapter_name] = sum(
             adapter_name in layer.moelora_router for layer in routed_layers(model).values()
         )
-        self.shared.call.watch(model)
-        text = _text_modules(model)
-        for layer in routed_layers(model).values():
-            layer.sees_images = text is not None and layer not in text
+        assign_streams(model, self.shared.call)
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         """Say what is wrong with the base before PEFT says less, or nothing."""
@@ -179,11 +177,8 @@ class MoeLoraModel(BaseTuner):
         super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         for ffn, block in blocks_of(self.model):
             block.remove_from(ffn)
-        # Our hooks would take the ids of an adapter that is added next. By owner, since a copy of
-        # the model has no handles of its own.
-        for hooks in (self.model._forward_pre_hooks, self.model._forward_hooks):
-            for key in [k for k, hook in hooks.items() if _owner(hook) is self.shared.call]:
-                del hooks[key]
+        # Our hooks would take the ids of an adapter that is added next.
+        self.shared.call.unwatch(self.model)
         return self.model
 
     def _refuse_partial_merge(self, adapter_names: list[str] | None) -> None:
@@ -261,18 +256,6 @@ def use_gate_rescale(model: nn.Module, mode: GateRescale, adapter: str) -> None:
 def find_tuner(model: Any) -> MoeLoraModel | None:
     """The tuner inside a PeftModel (however it is wrapped), or None."""
     return next((m for m in model.modules() if isinstance(m, MoeLoraModel)), None)
-
-
-def _text_modules(model: Any) -> set[nn.Module] | None:
-    """The modules of a vision model that see the text's tokens; None of a model without images."""
-    if getattr(getattr(model, "config", None), "vision_config", None) is None:
-        return None
-    parts: list[Any] = [model.get_decoder(), model.get_output_embeddings()]
-    return {module for part in parts if part is not None for module in part.modules()}
-
-
-def _owner(hook: Any) -> Any:
-    return getattr(hook, "__self__", None)
 
 
 def _refuse_sharded(model: nn.Module) -> None:

@@ -41,6 +41,16 @@ def register() -> None:
         register_peft_method(
             name=PEFT_TYPE.lower(), config_cls=MoeLoraConfig, model_cls=MoeLoraModel
         )
+    register_generation()
+
+
+def register_generation() -> None:
+    """Have transformers' `generate` say where a prompt ends, to layers that decide by prompts."""
+    from transformers.generation import GenerationMixin
+
+    from .generation import wrap_generation
+
+    wrap_generation(GenerationMixin)
 
 
 def register_block_keys() -> None:
@@ -81,7 +91,7 @@ def register_optimizer_names() -> None:
     from transformers.training_args import OptimizerNames
 
     for name in get_args(OptimizerName):
-        _add_member(OptimizerNames, name.upper(), name, "install a transformers from 5.6 to 5.23")
+        _add_member(OptimizerNames, name.upper(), name, "install a transformers from 5.6 to 5.24")
 
 
 def register_optimizers() -> None:
@@ -97,7 +107,7 @@ def register_optimizers() -> None:
     if not isinstance(handlers, dict):
         raise MissingDependencyError(
             "This transformers has no table of optimizers, so optim cannot name ours; install a "
-            "transformers from 5.6 to 5.23."
+            "transformers from 5.6 to 5.24."
         )
 
     def handle(context: Any) -> Any:

@@ -57,7 +57,10 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
     def __init__(self, shared: Shared) -> None:
         super().__init__()
         self.shared = shared
-        # Whether the tokens here are an image's (a vision tower's), not those of the text.
+        # The part of the model whose tokens are seen here; None for the model's own, "" for tokens
+        # that no part's arguments describe. See `assign_streams`.
+        self.stream: str | None = None
+        # Whether they are an image's or a sound's, and not those of the text.
         self.sees_images = False
         self.moelora_gate = nn.ModuleDict()
         self.moelora_router = nn.ModuleDict()
@@ -73,12 +76,14 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         # Kept only while `analysis.routing_statistics` (or whoever sets the flag) asks for it.
         self.record_routing = False
         self.last_routing: dict[str, Routing] = {}
+        # Which of its tokens were real (T,), where a mask said so.
+        self.last_real: dict[str, Tensor | None] = {}
         # Each loss of the last micro-batch before its coefficient, by adapter; for the log.
         self.last_aux_losses: dict[str, dict[str, Tensor]] = {}
 
-    def view(self, call: Call) -> Call:
-        """What a call of the model says about the tokens that this layer sees."""
-        return call.unmasked if self.sees_images else call
+    def view(self, call: Call, x: Tensor) -> Call:
+        """What a call of the model says about the tokens of x (..., in), which this layer sees."""
+        return call.seen_by(self.stream, x)
 
     @property
     def aux_losses(self) -> AuxLosses:
@@ -199,18 +204,28 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
             product: x times `gate_matrix` (T, E), where that is there already.
         """
         call = self.shared.call.call
-        rows = self.moelora_input[adapter].rows(x, self.view(call))
-        rows.product = product
-        routing: Routing = self._router(adapter)(
-            rows, self._score(adapter), self._modifiers(adapter), a
+        view, router, modifiers = (
+            self.view(call, x),
+            self._router(adapter),
+            self._modifiers(adapter),
         )
+        rows = self.moelora_input[adapter].rows(x, view)
+        rows.product = product
+        if view.starts_BS is not None and (router.mixes_rows or modifiers.mixes_rows):
+            rows.documents = view.documents if rows.row_of_token is None else None
+        routing: Routing = router(rows, self._score(adapter), modifiers, a)
         if rows.row_of_token is not None:
             routing = routing.rows(rows.row_of_token)
         if (decision := self.moelora_decision.get(adapter)) is not None:
             decision.take(routing, call)
         if self.record_routing:
-            self.last_routing[adapter] = routing.detach()
+            self.record(adapter, routing, view.real_among(x.shape[:-1]))
         return routing
+
+    def record(self, adapter: str, routing: Routing, real_T: Tensor | None) -> None:
+        """Keep a decision for whoever has set `record_routing`."""
+        self.last_routing[adapter] = routing.detach()
+        self.last_real[adapter] = real_T
 
     def enter_losses(self, update: Tensor, inputs: LossInput, adapter: str) -> Tensor:
         """Tie the adapter's auxiliary losses to the update, while training."""
@@ -223,16 +238,20 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
 
     def loss_input(self, routing: Routing, x: Tensor) -> LossInput:
         """What auxiliary losses may read of a decision about x (..., in), but for the experts."""
-        call, tokens = self.view(self.shared.call.call), len(routing.weights)
-        real_T = call.real_among(tokens)
+        call, tokens = self.view(self.shared.call.call, x), len(routing.weights)
+        documents = call.documents if call.ids else None  # what reads them reads ids as well
+        if documents is not None and len(documents.of_T) != tokens:
+            documents = None
         given = {name: value.reshape(-1).to(x.device) for name, value in call.ids.items()}
-        ids = {
-            name: value.repeat_interleave(tokens // len(value))
-            for name, value in given.items()
-            if len(value) and tokens % len(value) == 0
-        }
+        ids = {}
+        for name, value in given.items():
+            if documents is not None and len(value) == documents.count > 1:
+                ids[name] = value[documents.of_T]
+            elif len(value) and tokens % len(value) == 0:
+                ids[name] = value.repeat_interleave(tokens // len(value))
         batch = x.shape[0] if x.ndim == 3 else 1
-        return LossInput(routing, real_T, ids, batch=batch)
+        real_T = call.real_among(x.shape[:-1])
+        return LossInput(routing, real_T, ids, batch=batch, documents=documents)
 
     def before_call(self, call: Call) -> None:
         """Let modifiers change their state, before a training call of the model."""
