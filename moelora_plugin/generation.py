@@ -80,7 +80,7 @@ def _active(model: nn.Module) -> Iterator[tuple[str, RoutedLayer, str]]:
     """The routers that act: the key of their input, the layer, the adapter."""
     for layer in model.modules():
         if isinstance(layer, RoutedLayer) and not layer.disable_adapters and not layer.merged:
-            for adapter in layer.active_adapters:
+            for adapter in layer.acting_adapters:
                 if adapter in layer.moelora_router:
                     key = getattr(layer.moelora_input[adapter], "key", "token")
                     yield key, layer, adapter

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 from accelerate import init_empty_weights
@@ -20,11 +20,15 @@ from .errors import ConfigError
 from .frozen import freeze_again
 from .initialization import INITIALIZATIONS
 from .layers import AuxLosses, MoeLoraLinear, RoutedLayer, Shared
-from .layers.block import blocks_of
+from .layers.block import blocks_by_adapter, blocks_of
+from .layers.mixed import mixed_batch
 from .layers.sites import SITES, Site
 from .layers.streams import assign_streams
 from .lookup import lookup, with_options
 from .types import GateRescale, Place
+
+# What the sequences of a call or of a generation may be called.
+_INPUTS = ("input_ids", "inputs", "inputs_embeds", "input_features", "pixel_values")
 
 
 class MoeLoraModel(BaseTuner):
@@ -55,6 +59,18 @@ class MoeLoraModel(BaseTuner):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The adapted model's; called, where PEFT before 0.21 bypasses the model's hooks."""
         return self.model(*args, **kwargs)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT's hook around each call and generation: `adapter_names` are its arguments' here."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        found = [kwargs[key] for key in _INPUTS if kwargs.get(key) is not None]
+        given = next((len(value) for value in (*args[:1], *found)), None)
+        with mixed_batch(self.model, self.shared, names, given), blocks_by_adapter(self.model):
+            yield
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any

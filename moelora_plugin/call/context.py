@@ -144,6 +144,15 @@ class CallContext:
                 for key in [k for k, hook in hooks.items() if self._owns(hook)]:
                     del hooks[key]
 
+    @contextmanager
+    def of_rows(self, index: Sequence[int]) -> Iterator[None]:
+        """Inside, the call that is going on is that of some of its sequences; see `Call.rows`."""
+        self._calls.append(self.call.rows(index))
+        try:
+            yield
+        finally:
+            self._calls.pop()
+
     @property
     def decoder(self) -> str | None:
         """The part whose tokens the model's outputs are of; None where they are the model's own."""

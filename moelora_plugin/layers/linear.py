@@ -33,6 +33,7 @@ from ..types import (
 )
 from .decoder import Decoder
 from .folding import FoldingLinear, Mixture, with_universal
+from .mixed import MixedBatch
 from .routed import RoutedLayer, Shared
 
 # These have in and out features that PEFT can read but do not compute x W^T.
@@ -210,6 +211,8 @@ class MoeLoraLinear(FoldingLinear):
         if self.disable_adapters or self.merged:
             output: Tensor = self.base_layer(x, *args, **kwargs)
             return output
+        if (mixed := self.shared.mixed) is not None:
+            return self._mixed_batch_forward(mixed, x, *args, **kwargs)
         adapters = [name for name in self.active_adapters if name in self.moelora_mixture]
         result = base = self._base_output(x, adapters, *args, **kwargs)
         is_decoding = not (self.training or self.record_routing or torch.is_grad_enabled())
@@ -220,6 +223,30 @@ class MoeLoraLinear(FoldingLinear):
                 decoded = self._mixed_output(x, adapter, base, onto=result)
             result = decoded
         return result.to(base.dtype)
+
+    def _mixed_batch_forward(
+        self, mixed: MixedBatch, x: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """The output where each sequence has the update of its own adapter, or of none."""
+        if mixed.only is not None:
+            adapters = [a for a in (mixed.only,) if a in self.moelora_mixture]
+            base = self._base_output(x, adapters, *args, **kwargs)
+            result = base
+            for adapter in adapters:
+                result = self._mixed_output(x, adapter, base, onto=base)
+            return result.to(base.dtype)
+        base = self.base_layer(x, *args, **kwargs)
+        given = mixed.sequences(x)
+        of_base = base.view(*given.shape[:-1], base.shape[-1])
+        result = of_base.clone()
+        for adapter, index in mixed.groups(len(given)).items():
+            if adapter in self.moelora_mixture:
+                with mixed.rows(index):
+                    mine = of_base[index]
+                    result[index] = self._mixed_output(given[index], adapter, mine, onto=mine).to(
+                        base.dtype
+                    )
+        return result.view(base.shape)
 
     def _decoder(self, adapter: str) -> Decoder | None:
         """What computes the same as `_mixed_output` for a few tokens, where there is such."""

@@ -6,7 +6,7 @@ Shape suffixes: T tokens, E experts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -26,6 +26,9 @@ from ..types import GateRescale, LayerPlan, Routing
 from .aux_loss import AuxLosses, WeightedLoss, weighted_losses
 from .gate_source import Decision
 
+if TYPE_CHECKING:
+    from .mixed import MixedBatch
+
 
 class Shared:
     """What the layers of one model share."""
@@ -35,6 +38,8 @@ class Shared:
         self.aux_losses = AuxLosses()
         # Whether what runs is a pass before the call's own, which routers decide by (site "model").
         self.is_first_pass = False
+        # Which adapter each sequence belongs to, where that is not the same for all.
+        self.mixed: MixedBatch | None = None
 
 
 class RoutedLayer(nn.Module, BaseTunerLayer):
@@ -84,6 +89,12 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
     def view(self, call: Call, x: Tensor) -> Call:
         """What a call of the model says about the tokens of x (..., in), which this layer sees."""
         return call.seen_by(self.stream, x)
+
+    @property
+    def acting_adapters(self) -> Sequence[str]:
+        """The active ones, or those that a mixed batch names."""
+        mixed, active = self.shared.mixed, cast(Sequence[str], self.active_adapters)
+        return active if mixed is None else tuple(dict.fromkeys(mixed.names))
 
     @property
     def aux_losses(self) -> AuxLosses:

@@ -192,7 +192,12 @@ class _TwoPasses:
         call = shared.call.call
         if self.owner.stream != shared.call.decoder:
             raise _other_tokens()
-        self._decisions[call] = self._route(hidden_BSH)
+        if shared.mixed is None:
+            self._decisions[call] = self._route(hidden_BSH)
+            return
+        index = shared.mixed.groups(len(hidden_BSH))[self.adapter]
+        with shared.mixed.rows(index):
+            self._decisions[shared.call.call] = self._route(hidden_BSH[index])
 
     def _is_on(self, module: nn.Module) -> bool:
         """Whether this adapter acts in the call; hooks outlive adapters that are taken out."""
@@ -201,7 +206,7 @@ class _TwoPasses:
         return (
             isinstance(source, _ModelGates)
             and source.passes is self
-            and self.adapter in owner.active_adapters
+            and self.adapter in owner.acting_adapters
             and not owner.disable_adapters
             and not owner.merged
             and any(part is owner for part in module.modules())
