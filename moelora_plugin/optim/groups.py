@@ -6,7 +6,8 @@ A group is an ordinary dict of torch's with a `role`:
               per pair. A factor that the expert kind freezes ("a" or "b" in `frozen`) is not among
               them, since an engine would give it a gradient and moments. Whoever takes its
               partner's metric reads it from `frozen_factors`, which `take_frozen` moves out of the
-              group, since a state dict is no place for it
+              group, since a state dict is no place for it; nor for `names`, which all groups
+              have for messages, and `take_names` moves out
     gates     the routers' parameters; `max_grad_norm` clips their joint gradient
     other     expert tensors without a metric, biases, modules_to_save and the like; stepped
               without preconditioning
@@ -35,6 +36,8 @@ GATES = "gates"
 OTHER = "other"
 
 Group = dict[str, Any]
+# A parameter's place in the model and its name there, for messages.
+Name = tuple[int, str]
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,13 @@ def take_frozen(group: Group) -> list[FrozenFactor | None]:
                 "optim.groups.parameter_groups, which one optimizer can take."
             )
     return taken
+
+
+def take_names(group: Group) -> list[Name]:
+    """Move the parameters' names out of a group, which may say nothing of them."""
+    unnamed = [(i, f"parameter {i}") for i in range(len(group["params"]))]
+    names: list[Name] = group.pop("names", unnamed)
+    return names
 
 
 def pairs_of(module: nn.Module) -> list[ExpertPair]:
@@ -162,6 +172,9 @@ def parameter_groups(
         },
         {"params": [p for p in other if p.ndim <= 1], "role": OTHER, "lr": lr, "weight_decay": 0.0},
     ]
+    names = {id(p): (i, name) for i, (name, p) in enumerate(model.named_parameters())}
+    for group in groups:
+        group["names"] = [names[id(p)] for p in group["params"]]
     return [group for group in groups if group["params"]]
 
 
