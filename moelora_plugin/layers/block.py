@@ -205,7 +205,9 @@ class MoeLoraBlock(RoutedLayer):
         """Decide for the tokens of x (..., H): the rows (1, P, H) for the linears."""
         self._pass = None
         mixed = self.shared.mixed
-        active = self.active_adapters if mixed is None else [mixed.only]
+        active: list[str] = self.active_adapters
+        if mixed is not None:
+            active = [] if mixed.only is None else [mixed.only]
         adapters = [a for a in active if a in self.moelora_router]
         if self.disable_adapters or not adapters:
             return x

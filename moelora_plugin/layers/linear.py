@@ -235,7 +235,7 @@ class MoeLoraLinear(FoldingLinear):
             for adapter in adapters:
                 result = self._mixed_output(x, adapter, base, onto=base)
             return result.to(base.dtype)
-        base = self.base_layer(x, *args, **kwargs)
+        base = cast(Tensor, self.base_layer(x, *args, **kwargs))
         given = mixed.sequences(x)
         of_base = base.view(*given.shape[:-1], base.shape[-1])
         result = of_base.clone()
