@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from peft.config import PeftConfig
 from peft.utils.peft_types import PeftType
@@ -19,6 +19,9 @@ from .lookup import given, unknown_key_message
 from .part_checks import check_parts, import_parts
 from .presets import PRESETS, resolve
 from .values import SavedPaths, shown
+
+if TYPE_CHECKING:
+    from .types import GateRescale
 
 PEFT_TYPE = "MOELORA"
 FORMAT_VERSION = 1
@@ -192,6 +195,10 @@ class MoeLoraConfig(PeftConfig):
     # The shapes that they have there, which `load_adapter` notes so that no others are made.
     stored_shapes = _NO_SHAPES
 
+    # No field either: the exponent that the adapter trains with where `gate_rescale` says "auto",
+    # once an optimizer has settled it. What was asked for stays as it is; a file has what was used.
+    gate_rescale_used = cast("GateRescale | None", None)
+
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> MoeLoraConfig:
         """The preset's configuration; `overrides` win over it.
@@ -288,6 +295,8 @@ class MoeLoraConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe, and in the same order every time: PEFT keeps matched names in sets."""
         content: dict[str, Any] = super().to_dict()
+        if self.gate_rescale == "auto" and self.gate_rescale_used is not None:
+            content["gate_rescale"] = self.gate_rescale_used
         content = {k: sorted(v) if isinstance(v, set) else v for k, v in content.items()}
         return {**content, "checksum": checksum_of(content)}
 

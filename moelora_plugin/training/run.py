@@ -108,8 +108,9 @@ def train(
             raise FloatingPointError(f"The loss became {outcome.training_loss}.")
     except FloatingPointError as error:  # the optimizer raises it when a metric is not finite
         raise ConfigError(
-            f"Training diverged; lower optimizer.lr ({recipe.optimizer.lr:g}), raise "
-            f"optimizer.damping ({recipe.optimizer.damping:g}) or choose a wider model.dtype."
+            f"Training diverged ({first_line(error)}); lower optimizer.lr "
+            f"({recipe.optimizer.lr:g}), raise optimizer.damping ({recipe.optimizer.damping:g}) or "
+            "choose a wider model.dtype."
         ) from error
     finally:
         if arguments.should_save:
