@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from accelerate import init_empty_weights
 from peft.config import PeftConfig
+from peft.peft_model import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
@@ -39,6 +40,7 @@ class MoeLoraModel(BaseTuner):
     )
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        _refuse_nesting(model)
         # The constructor injects the first adapter, whose layers share this.
         self.shared = Shared()
         self._sites: dict[str, Site] = {}
@@ -266,6 +268,21 @@ def _text_modules(model: Any) -> set[nn.Module] | None:
 
 def _owner(hook: Any) -> Any:
     return getattr(hook, "__self__", None)
+
+
+def _refuse_nesting(model: nn.Module) -> None:
+    """A PeftModel inside another: the inner adapter would be frozen, and saved under wrong names.
+
+    A PeftModel of its own type takes a second adapter beside the first.
+    """
+    inner = next((m for m in model.modules() if isinstance(m, PeftModel | BaseTuner)), None)
+    if inner is not None:
+        raise ConfigError(
+            f"The base is a {type(inner).__name__} already, and a mixture of experts around it "
+            "would be saved and trained wrongly; put it beside the adapter that is there with "
+            "`model.add_adapter(name, config)` or `model.load_adapter(folder, name)`, or first "
+            "take that out with `merge_and_unload()` or `unload()`."
+        )
 
 
 def _refuse_sharded(model: nn.Module) -> None:

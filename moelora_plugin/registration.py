@@ -5,7 +5,9 @@ Everything here is safe to call any number of times.
 
 from __future__ import annotations
 
+import functools
 from enum import Enum
+from pathlib import Path
 from typing import Any, get_args
 
 from .errors import MissingDependencyError
@@ -78,13 +80,33 @@ def register_optimizers() -> None:
 
 
 def register_callbacks() -> None:
-    """Give every transformers Trainer what our optimizers and auxiliary losses need of it."""
+    """Give every transformers Trainer what our optimizers, losses and guards need of it."""
     from transformers import trainer
 
-    from .trainer_callbacks import AuxLossCallback, OptimizerCallback
+    from .trainer_callbacks import AuxLossCallback, GuardCallback, OptimizerCallback
 
     callbacks: list[Any] = trainer.DEFAULT_CALLBACKS
-    callbacks += [c for c in (AuxLossCallback, OptimizerCallback) if c not in callbacks]
+    ours = (AuxLossCallback, GuardCallback, OptimizerCallback)
+    callbacks += [c for c in ours if c not in callbacks]
+    train = trainer.Trainer.train
+    if hasattr(train, "moelora"):
+        return
+
+    @functools.wraps(train)
+    def train_as_before(
+        self: Any, resume_from_checkpoint: Any = None, *args: Any, **keywords: Any
+    ) -> Any:
+        # The folder is known here alone, and its tensors are loaded before any callback is called.
+        folder = resume_from_checkpoint
+        if folder is True:
+            folder = trainer.get_last_checkpoint(self.args.output_dir)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, GuardCallback):
+                callback.before_train(self.model, Path(folder) if folder else None)
+        return train(self, resume_from_checkpoint, *args, **keywords)
+
+    train_as_before.moelora = True  # type: ignore[attr-defined]
+    trainer.Trainer.train = train_as_before
 
 
 def register_lm_eval_models() -> None:

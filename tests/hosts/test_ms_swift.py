@@ -15,6 +15,7 @@ from host_runs import (
     FAMILY,
     FAMILY_RANK,
     adapter_config,
+    adapter_tensors,
     assert_same_tensors,
     assert_trained_adapter,
     assert_trained_preset,
@@ -273,6 +274,27 @@ def test_dpo_in_two_processes_starts_from_the_base_as_reference(train, dpo_file)
     assert len(losses(one, "aux_switch_lb")) == 4
     assert losses(two) == pytest.approx(losses(one), rel=1e-5)
     assert_same_tensors(two, one, rtol=1e-3)
+
+
+@pytest.mark.parametrize("rlhf_type", ["dpo", "kto"])
+def test_a_trained_adapter_is_its_own_reference(train, by_plugin_file, dpo_file, rlhf_type):
+    """swift's recipe from SFT on: `adapters` goes on training, `ref_adapters` stands still."""
+    trained = train(
+        "rlhf",
+        **MIXTURE,
+        rlhf_type=rlhf_type,
+        dataset=dpo_file,
+        columns=DPO_COLUMNS,
+        adapters=by_plugin_file,
+        ref_adapters=by_plugin_file,
+    )
+    # Policy and reference are the same at first: -log(1/2), and for KTO 1 - 1/2.
+    start = {"dpo": math.log(2), "kto": 0.5}[rlhf_type]
+    assert losses(trained)[0] == pytest.approx(start, rel=1e-6)
+    assert len(set(losses(trained))) == len(losses(trained))
+    before, after = adapter_tensors(by_plugin_file), adapter_tensors(trained)
+    assert after.keys() == before.keys()
+    assert not any(torch.equal(after[name], before[name]) for name in before)
 
 
 def test_infer_answers_with_the_unmerged_adapter(
