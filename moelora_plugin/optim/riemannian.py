@@ -21,6 +21,7 @@ from ..errors import ConfigError
 from ..ops.precondition import damped_inverses, metric_of, precondition
 from ..types import Shared
 from .groups import EXPERTS, GATES, FrozenFactor, Group, factors_of, take_frozen
+from .resumed import refuse_other_options
 from .sharded import sharded_like, whole
 
 ORDERS = ("jacobi", "gauss_seidel")
@@ -165,6 +166,15 @@ class _Riemannian(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_frozen_factors": self._frozen_factors}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from the state of a run with the same optimizer.
+
+        Raises:
+            ConfigError: it is another's, or was made with other options.
+        """
+        refuse_other_options(self.param_groups, state_dict["param_groups"])
+        super().load_state_dict(state_dict)
 
     def _check_groups(self) -> None:
         for group in self.param_groups:

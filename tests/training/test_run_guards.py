@@ -232,9 +232,24 @@ def test_the_same_run_resumes_wherever_its_base_has_moved(tmp_path, checkpoint):
     assert run.state.global_step == 3
 
 
-def test_a_resumed_run_has_the_optimizer_of_its_checkpoint(tmp_path, checkpoint):
-    run = trainer(tmp_path, adapted(), optim="radamw")
-    with pytest.raises(ConfigError, match=r"^gate_rescale is 'none' .* with 'sqrt'; .*optimizer"):
+@pytest.mark.parametrize(
+    ("optimizer", "said"),
+    [
+        ({"optim": "radamw"}, "gate_rescale is 'none' .* with 'sqrt'; .*the optimizer decides it"),
+        ({"optim": "grsgd"}, "The optimizer's state is that of another optimizer .* set the opt"),
+        ({"optim": "gradamw", "optim_args": "damping=0.5"}, "damping is 0.5 .* made with 1e-06"),
+        ({"optim": "gradamw", "optim_args": "order=gauss_seidel"}, "order is 'gauss_seidel'"),
+        (
+            {"optim": "gradamw", "optim_args": "gate_max_grad_norm=null"},
+            "gate_max_grad_norm is None",
+        ),
+        ({"optim": "gradamw", "adam_beta2": 0.9}, r"betas is \(0.9, 0.9\)"),
+    ],
+    ids=str,
+)
+def test_a_resumed_run_has_the_optimizer_of_its_checkpoint(tmp_path, checkpoint, optimizer, said):
+    run = trainer(tmp_path, adapted(), **optimizer)
+    with pytest.raises(ConfigError, match=f"^{said}"):
         run.train(resume_from_checkpoint=str(checkpoint))
 
 
