@@ -30,6 +30,7 @@ from .options import (
     option_value,
     preset_fields,
     refuse_disagreement,
+    refuse_unknown_keys,
 )
 
 ADAPTER = "moelora"
@@ -44,11 +45,13 @@ _HOST_WORDS = {
     "peft_layers_to_transform": "layers_to_transform",
     "peft_layers_pattern": "layers_pattern",
     "peft_use_rslora": "use_rslora",
+    "peft_trainable_token_indices": "trainable_token_indices",
 }
 _OWN_WORDS = {ours: theirs for theirs, ours in _HOST_WORDS.items()}
 
 _KERNEL = "the kernel computes plain LoRA layers"
 _QUANTISED = "axolotl quantises the base for adapter lora and qlora only"
+_RELORA = "ReLoRA merges the adapter into the base, and a routed adapter is no weight update"
 _REWARD = "moelora adapts causal language models here"
 
 # Keys that axolotl reads for its own adapters alone, and would ignore or misapply with ours.
@@ -67,8 +70,20 @@ _REFUSED_WITH_ADAPTER = {
     "peft_use_dora": "it is for one LoRA; moelora.expert: dora is its form for experts",
     "peft_init_lora_weights": "moelora.init names the initialisation of experts",
     "peft_layer_replication": "it is a feature of plain LoRA",
-    "peft_trainable_token_indices": "use lora_modules_to_save to train embeddings",
-    "relora": "it merges the adapter into the base, and a routed adapter is no weight update",
+    "peft_ensure_weight_tying": "it ties plain LoRA's weights",
+    "lora_fan_in_fan_out": "the layers find out for themselves",
+    "qlora_sharded_model_loading": _QUANTISED,
+    "quantize_moe_experts": _QUANTISED,
+    "loraplus_lr_ratio": "its groups know no gates; set optimizer: gradamw (or another of "
+    "moelora's) and optim_args: {lora_plus_ratio: ...}",
+    "loraplus_lr_embedding": "it goes with loraplus_lr_ratio",
+    "unfrozen_parameters": "it freezes all others, the adapter's too; name modules that train "
+    "whole in lora_modules_to_save",
+    "lisa_n_layers": "LISA trains layers of the base in turn",
+    "relora": _RELORA,
+    "relora_prune_ratio": _RELORA,
+    "relora_cpu_offload": _RELORA,
+    "jagged_restart_steps": _RELORA,
     "reward_model": _REWARD,
     "process_reward_model": _REWARD,
 }
@@ -115,6 +130,7 @@ class MoeLoraArgs(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _refuse(cls, data: Any) -> Any:
+        refuse_unknown_keys(data, [ADAPTER], "moelora.{}".format, _OWN_WORDS)
         if data.get("adapter") == ADAPTER:
             _refuse_keys(data, f"adapter: {ADAPTER}", _REFUSED_WITH_ADAPTER)
             _refuse_uses(data)
@@ -206,7 +222,17 @@ def _adapter_config(cfg: Any, model: Any = None) -> MoeLoraConfig:
             listed = cfg.lora_target_modules or []
             listed = [listed] if isinstance(listed, str) else listed
             words["target_modules"] = sorted({*listed, *find_all_linear_names(model)})
-    return adapter_config(_options(cfg), words)
+    options = _options(cfg)
+    for field in options.keys() & words.keys():
+        if options[field] != words[field]:
+            theirs = _OWN_WORDS[field]
+            if field == "target_modules" and cfg.lora_target_linear:
+                theirs = "lora_target_linear"
+            raise ConfigError(
+                f"{theirs} and moelora.{field} name different values, {words[field]!r} and "
+                f"{options[field]!r}; remove one of the two."
+            )
+    return adapter_config(options, words)
 
 
 def _words(cfg: Any) -> dict[str, Any]:
@@ -226,8 +252,11 @@ def _unset_dropout(cfg: Any) -> float:
         saved = read_adapter_config(resolve_adapter(cfg["lora_model_dir"]))
         return float(saved.get("lora_dropout", 0.0))
     options = cfg.get("moelora")
+    options = options if isinstance(options, Mapping) else {}
+    if options.get("lora_dropout") is not None:
+        return float(options["lora_dropout"])
     try:
-        fields = preset_fields(options if isinstance(options, Mapping) else {})
+        fields = preset_fields(options)
     except ConfigError:  # the validation, which follows, says what is wrong
         fields = {}
     return float(fields.get("lora_dropout", MoeLoraConfig.lora_dropout))

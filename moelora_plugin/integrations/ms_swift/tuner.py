@@ -10,7 +10,7 @@ from swift.utils import get_logger
 from torch import nn
 
 from ...errors import ConfigError
-from .arguments import moelora_config, refuse_other_type
+from .arguments import moelora_config, refuse_other_type, targets_are_the_presets
 
 # As swift's own LoRA has them; what is not here ("embedding") has no PEFT task.
 _TASK_TYPES = {
@@ -34,9 +34,10 @@ class MoeLoraTuner(PeftTuner):  # type: ignore[misc]
         """
         from swift.pipelines.train.tuner import get_modules_to_save, get_target_modules
 
+        targets = None if targets_are_the_presets(args) else get_target_modules(args, model)
         config = moelora_config(
             args,
-            target_modules=get_target_modules(args, model),
+            target_modules=targets,
             modules_to_save=get_modules_to_save(args, model, args.task_type) or None,
         )
         config.task_type = _TASK_TYPES.get(args.task_type)
