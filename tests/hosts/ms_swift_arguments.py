@@ -5,6 +5,8 @@ python ms_swift_arguments.py cases.json answers.json
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import sys
 from pathlib import Path
@@ -18,13 +20,17 @@ from moelora_plugin.integrations.ms_swift.arguments import moelora_config
 def answer(case):
     """The adapter's config, or the error's class and message."""
     sys.argv = ["sft.py", *case.get("argv", [])]
+    said = io.StringIO()
     try:
         if "keywords" in case:
             args = SftArguments(**case["keywords"])
         else:
-            args, left = parse_args(SftArguments)
+            with contextlib.redirect_stderr(said):
+                args, left = parse_args(SftArguments)
             assert not left, left
         return moelora_config(args).to_dict()
+    except SystemExit:  # argparse has said why
+        return {"error": "SystemExit", "message": said.getvalue()}
     except Exception as error:
         return {"error": type(error).__name__, "message": str(error)}
 

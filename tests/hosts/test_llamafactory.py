@@ -496,8 +496,8 @@ CASES = {
 @pytest.mark.parametrize(
     ("case", "error", "said"),
     [
-        ("typo", "ValueError", "not used by the HfArgumentParser: ['moelora_top_kk']"),
-        ("typo on the command line", "ValueError", "['--moelora_top_kk', '2']"),
+        ("typo", "ConfigError", "moelora_top_kk is not a key here; did you mean moelora_top_k"),
+        ("typo on the command line", "ConfigError", "moelora_top_kk is not a key here; did you"),
         (
             "keys without the type",
             "ConfigError",

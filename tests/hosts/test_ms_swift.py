@@ -410,7 +410,7 @@ REFUSALS = {
     ),
     "an unknown option": (
         {"model_kwargs": {"moelora_num_expert": 4}},
-        "model_kwargs has no key moelora_num_expert; did you mean moelora_num_experts",
+        "moelora_num_expert is not a key here; did you mean moelora_num_experts",
     ),
     "a value out of range": (
         {"moelora_num_experts": 4},

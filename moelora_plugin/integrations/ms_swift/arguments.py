@@ -160,9 +160,9 @@ def moelora_config(args: Any, **from_the_model: Any) -> MoeLoraConfig:
         if name.startswith(_OTHER_TUNERS)
     }
     for name, remedy in {**_REFUSED, **others}.items():
-        found = getattr(args, name, defaults.get(name))
+        default = defaults.get(name, False)  # of `rlhf` alone
         # swift turns the text "true" into True on its way.
-        if str(found).lower() != str(defaults.get(name, False)).lower():
+        if str(getattr(args, name, default)).lower() != str(default).lower():
             raise ConfigError(f"{name} does not go with tuner_type {TUNER_TYPE}: {remedy}.")
     words = _set_words(args)
     if _command_line() is None:  # a default may be what was meant
@@ -247,12 +247,12 @@ def _options(args: Any) -> dict[str, Any]:
         if key.startswith(PREFIX)
     }
     for name in OPTION_TYPES:
-        if (value := getattr(args, PREFIX + name, None)) is not None:
-            if options.setdefault(name, value) != value:
-                raise ConfigError(
-                    f"{PREFIX}{name} is {value!r}, and {options[name]!r} in model_kwargs; remove "
-                    "one of the two."
-                )
+        value = getattr(args, PREFIX + name, None)
+        if value is not None and options.setdefault(name, value) != value:
+            raise ConfigError(
+                f"{PREFIX}{name} is {value!r}, and {options[name]!r} in model_kwargs; remove one "
+                "of the two."
+            )
     return {name: option_value(name, value, PREFIX + name) for name, value in options.items()}
 
 
