@@ -48,6 +48,7 @@ HOOKS: dict[str, str] = {
         "integrations.llamafactory.v1:register_optimizers"
     ),
     "llamafactory.v1.core.base_trainer": "integrations.llamafactory.v1:register_trainer",
+    "axolotl.cli.merge_lora": "integrations.axolotl:register_merge",
     "swift.arguments.tuner_args": "integrations.ms_swift:register_options",
     "swift.tuner_plugin.mapping": "integrations.ms_swift:register_tuner",
     "swift.optimizers.mapping": "integrations.ms_swift:register_optimizers",

@@ -81,7 +81,7 @@ def register_optimizers() -> None:
 
 def register_callbacks() -> None:
     """Give every transformers Trainer what our optimizers, losses and guards need of it."""
-    from transformers import trainer
+    from transformers import trainer, trainer_utils
 
     from .trainer_callbacks import AuxLossCallback, GuardCallback, OptimizerCallback
 
@@ -99,14 +99,15 @@ def register_callbacks() -> None:
         # The folder is known here alone, and its tensors are loaded before any callback is called.
         folder = resume_from_checkpoint
         if folder is True:
-            folder = trainer.get_last_checkpoint(self.args.output_dir)
+            last: Any = trainer_utils.get_last_checkpoint
+            folder = last(self.args.output_dir)
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, GuardCallback):
                 callback.before_train(self.model, Path(folder) if folder else None)
         return train(self, resume_from_checkpoint, *args, **keywords)
 
     train_as_before.moelora = True  # type: ignore[attr-defined]
-    trainer.Trainer.train = train_as_before
+    setattr(trainer.Trainer, "train", train_as_before)  # noqa: B010
 
 
 def register_lm_eval_models() -> None:

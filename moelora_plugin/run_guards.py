@@ -300,7 +300,8 @@ def _digest(tensor: Tensor) -> Tensor:
     local: Any = tensor.detach()
     local = local.to_local() if hasattr(local, "to_local") else local
     bits = local.contiguous().view(_INTEGERS[local.element_size()])
-    return bits.sum(dtype=torch.int64).cpu()
+    digest: Tensor = bits.sum(dtype=torch.int64).cpu()
+    return digest
 
 
 def _peft_configs(model: nn.Module) -> Mapping[str, Any]:

@@ -191,7 +191,7 @@ class GuardCallback(TrainerCallback):
         **_: Any,
     ) -> None:
         """Look whether the checkpoint holds the adapter."""
-        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         # A search for hyperparameters saves elsewhere.
         if self._movement is not None and args.should_save and folder.is_dir():
             from .run_guards import refuse_incomplete

@@ -8,7 +8,10 @@ entry point switched off as well.
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
@@ -18,7 +21,7 @@ from pydantic import BaseModel, create_model, model_validator
 from transformers import set_seed
 
 from .. import MoeLoraConfig, autoload
-from ..checkpoint import read_adapter_config, resolve_adapter
+from ..checkpoint import CONFIG_FILE, read_adapter_config, resolve_adapter
 from ..config import PEFT_TYPE
 from ..errors import ConfigError, ExportError
 from ..hf_trainer import optimizer_arguments
@@ -213,6 +216,38 @@ class MoeLoraPlugin(BasePlugin):  # type: ignore[misc]
         return adapted, adapted.peft_config["default"]
 
 
+def register_merge() -> None:
+    """Make merge-lora refuse an adapter of ours, whatever the config calls it.
+
+    Shard by shard it looks for LoRA's tensors, finds none, and writes the base as the merged model.
+    """
+    from axolotl.cli import merge_lora
+
+    merge = merge_lora.merge_lora_sharded_efficient
+    if hasattr(merge, "moelora"):
+        return
+
+    @functools.wraps(merge)
+    def merge_others(*args: Any, **keywords: Any) -> Any:
+        folder = inspect.signature(merge).bind(*args, **keywords).arguments["lora_adapter_path"]
+        file = Path(folder) / CONFIG_FILE
+        if file.is_file() and read_adapter_config(Path(folder)).get("peft_type") == PEFT_TYPE:
+            raise _no_shard_merge(folder)
+        return merge(*args, **keywords)
+
+    merge_others.moelora = True  # type: ignore[attr-defined]
+    merge_lora.merge_lora_sharded_efficient = merge_others
+
+
+def _no_shard_merge(folder: Any) -> ExportError:
+    return ExportError(
+        "axolotl's merge-lora reads plain LoRA files, and a routed adapter is no weight update; "
+        f"write an approximation with `moelora export {folder} --to merged --strategy mean-gate "
+        "--out DIR` (an adapter of one expert merges with adapter: moelora and merge_method: "
+        "legacy)."
+    )
+
+
 def _adapter_config(cfg: Any, model: Any = None) -> MoeLoraConfig:
     """What the file asks for; with a model, its linear modules by name."""
     words = _words(cfg)
@@ -289,12 +324,7 @@ def _refuse_keys(data: Mapping[str, Any], with_what: str, reasons: Mapping[str, 
 def _refuse_uses(data: Mapping[str, Any]) -> None:
     continued = data.get("lora_model_dir")
     if data.get("merge_lora") and data.get("merge_method") != "legacy":
-        raise ExportError(
-            "axolotl's merge-lora reads plain LoRA files, and a routed adapter is no weight "
-            f"update; write an approximation with `moelora export "
-            f"{continued or data.get('output_dir')} --to merged --strategy mean-gate --out DIR` "
-            "(an adapter of one expert merges with merge_method: legacy)."
-        )
+        raise _no_shard_merge(continued or data.get("output_dir"))
     if data.get("inference") and not continued:
         raise ConfigError("lora_model_dir is not set; name the adapter to answer with.")
     if data.get("rl") in ("dpo", "ipo", "kto") and continued:

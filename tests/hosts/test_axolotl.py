@@ -373,6 +373,15 @@ def test_merge_names_the_export(runs, plain):
     assert done.returncode != 0
     assert f"`moelora export {plain} --to merged" in done.stderr
     assert not (plain / "merged").exists()
+    # Under another name, and without the plugin, axolotl would write the base as the merged model.
+    content = yaml.safe_load((runs.folder / "plain.yaml").read_text())
+    for key in ("plugins", "moelora", "optimizer", "optim_args"):
+        del content[key]
+    (runs.folder / "as_lora.yaml").write_text(yaml.safe_dump({**content, "adapter": "lora"}))
+    done = runs.host.run("axolotl", "merge-lora", "as_lora.yaml", cwd=runs.folder, check=False)
+    assert done.returncode != 0
+    assert "ExportError: axolotl's merge-lora reads plain LoRA files" in done.stderr
+    assert not (plain / "merged").exists()
 
 
 def test_refuses_in_a_sentence_what_does_not_fit(runs):

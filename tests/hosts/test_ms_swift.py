@@ -331,6 +331,33 @@ def test_infer_answers_with_the_unmerged_adapter(
     assert found == expected
 
 
+def test_the_engine_answers_each_request_with_the_adapter_that_it_names(
+    ms_swift, by_plugin_file, accumulated, model_dir, sft_file, tmp_path
+):
+    """What `swift deploy --adapters a=A b=B` does: one model, an adapter name with each request."""
+    prompts = [json.loads(line)["prompt"] for line in sft_file.read_text().splitlines()[:3]]
+    adapters = {"a": by_plugin_file, "b": accumulated}
+    expected = {
+        **{
+            name: generated(reload(p, model_dir), model_dir, prompts)
+            for name, p in adapters.items()
+        },
+        None: generated(AutoModelForCausalLM.from_pretrained(model_dir), model_dir, prompts),
+    }
+    assert len({tuple(answers) for answers in expected.values()}) == 3
+    order = [(name, n) for n in range(len(prompts)) for name in ("a", "b", None, "a")]
+    given = {
+        "model": str(model_dir),
+        "adapters": {name: str(path) for name, path in adapters.items()},
+        "requests": [(name, prompts[n]) for name, n in order],
+    }
+    (tmp_path / "requests.json").write_text(json.dumps(given))
+    files = [str(tmp_path / name) for name in ("requests.json", "answers.json")]
+    ms_swift.run("python", str(HERE / "ms_swift_engine.py"), *files)
+    answers = json.loads((tmp_path / "answers.json").read_text())
+    assert answers == [expected[name][n] for name, n in order]
+
+
 def generated(model, model_dir: Path, prompts: list[str]) -> list[str]:
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     answers = []
@@ -466,6 +493,18 @@ def test_keywords_from_python_code_all_count_as_set(parsed):
 def test_what_does_not_fit_is_refused(parsed, name):
     assert parsed[name].get("error") == "ConfigError", parsed[name]
     assert REFUSALS[name][1] in parsed[name]["message"]
+
+
+def test_two_adapters_are_not_put_into_one_another(ms_swift, by_plugin_file, accumulated, tmp_path):
+    (tmp_path / "asked.jsonl").write_text('{"query": "Sentence"}\n')
+    arguments = {
+        "adapters": [by_plugin_file, accumulated],
+        "val_dataset": tmp_path / "asked.jsonl",
+        "result_path": tmp_path / "answers.jsonl",
+    }
+    done = ms_swift.run("swift", "infer", *command_line(arguments), check=False)
+    assert done.returncode != 0
+    assert f"ConfigError: adapters names a second adapter, {accumulated}" in done.stderr
 
 
 def test_a_continued_adapter_must_be_the_one_that_is_asked_for(parsed):
