@@ -38,7 +38,13 @@ _MAY_DIFFER = {
     "task_type",
 }
 # What a program may leave in place of PEFT's file: an engine's shards, or a whole model's weights.
-_OTHER_WEIGHTS = ("adapter_model.bin", "*model*.safetensors", "pytorch_model*", "global_step*")
+_OTHER_WEIGHTS = (
+    "adapter_model.bin",
+    "*model*.safetensors",
+    "pytorch_model*",
+    "global_step*",
+    "*.distcp",
+)
 _NAMES_SHOWN = 3
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -158,13 +164,14 @@ def refuse_nested(model: nn.Module) -> None:
             )
 
 
-def refuse_incomplete(model: nn.Module, folder: Path) -> None:
+def check_saved(model: nn.Module, folder: Path) -> None:
     """A checkpoint must hold every tensor of the adapter that trains. Reads its header only.
 
     Args:
         model: what trains.
         folder: where the program has just saved it. One that holds an engine's own shards in place
-            of PEFT's file passes.
+            of PEFT's file passes, and is given the adapter's configuration if it has none, so that
+            a run which goes on from it can be compared.
 
     Raises:
         AdapterError: a tensor is not there, or has another shape.
@@ -177,6 +184,8 @@ def refuse_incomplete(model: nn.Module, folder: Path) -> None:
         file = (places[0] if places else folder) / SAFETENSORS_WEIGHTS_NAME
         if not file.is_file():
             if any(True for pattern in _OTHER_WEIGHTS for _ in file.parent.glob(pattern)):
+                if not places:
+                    _peft_configs(model)[adapter].save_pretrained(str(folder))
                 continue
             raise AdapterError(
                 f"{file} is not there, so that what is learned would be lost; this program saves "

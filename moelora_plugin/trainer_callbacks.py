@@ -194,9 +194,9 @@ class GuardCallback(TrainerCallback):
         folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         # A search for hyperparameters saves elsewhere.
         if self._movement is not None and args.should_save and folder.is_dir():
-            from .run_guards import refuse_incomplete
+            from .run_guards import check_saved
 
-            refuse_incomplete(model, folder)
+            check_saved(model, folder)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

@@ -249,6 +249,14 @@ def test_resumes_exactly(runs, plain):
     assert_same_tensors(resumed, plain)
 
 
+def test_a_resumed_run_asks_for_the_adapter_of_its_checkpoint(runs, plain):
+    checkpoint = str(plain / "checkpoint-3")
+    file = runs.config("other", moelora={"top_k": 1}, resume_from_checkpoint=checkpoint)
+    done = runs.host.run("axolotl", "train", str(file), *ONE, cwd=runs.folder, check=False)
+    assert done.returncode != 0
+    assert f"top_k is 1 in this run, and the checkpoint in {checkpoint} was" in done.stderr
+
+
 def test_two_processes_train_as_one_that_accumulates(runs, accumulated):
     # The same rows meet in each update. Checkpointing recomputes the layers; the workers find the
     # adapter through the plugin alone.

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainingArguments
 from moelora_plugin import MoeLoraConfig
 from moelora_plugin.errors import AdapterError, ConfigError
 from moelora_plugin.model import moelora_layers
+from moelora_plugin.run_guards import refuse_other_run
 
 ADAPTER = {
     "r": 2,
@@ -149,6 +150,17 @@ def test_a_checkpoint_without_the_adapter_ends_the_run(tmp_path, kind, said):
     with pytest.raises(AdapterError, match=said):
         run.train()
     assert run.state.global_step == 1
+
+
+def test_an_engines_shards_pass_and_can_be_compared_later(tmp_path):
+    class Shards(SavesNothing):
+        def _save(self, output_dir=None, state_dict=None):
+            super()._save(output_dir)
+            (Path(output_dir) / "pytorch_model_fsdp_0").mkdir()
+
+    trainer(tmp_path, adapted(), Shards, **SAVING).train()
+    with pytest.raises(ConfigError, match=r"^top_k is 1 in this run"):
+        refuse_other_run(adapted(top_k=1), tmp_path / "run" / "checkpoint-2")
 
 
 def test_a_second_adapter_that_is_active_is_the_one_that_is_watched(tmp_path):

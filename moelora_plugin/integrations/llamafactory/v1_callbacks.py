@@ -9,9 +9,8 @@ from typing import Any
 from llamafactory.v1.accelerator.interface import DistributedInterface
 from llamafactory.v1.utils.callbacks import TrainerCallback
 
-from ...checkpoint import CONFIG_FILE
 from ...model import MoeLoraModel, routed_layers
-from ...run_guards import Movement, refuse_incomplete, refuse_other_run
+from ...run_guards import Movement, check_saved, refuse_other_run
 from ...trainer_callbacks import logged_aux_losses
 
 
@@ -81,9 +80,8 @@ class _Guard(TrainerCallback):  # type: ignore[misc]
 
     @staticmethod
     def _look_at(folder: Path, model: Any) -> None:
-        # The first process writes it; under FSDP2 and DeepSpeed a checkpoint holds shards alone.
-        if DistributedInterface().get_rank() == 0 and (folder / CONFIG_FILE).is_file():
-            refuse_incomplete(model, folder)
+        if DistributedInterface().get_rank() == 0 and folder.is_dir():  # the first process saves
+            check_saved(model, folder)
 
 
 def _checkpoint(args: Any, step: int) -> Path:
