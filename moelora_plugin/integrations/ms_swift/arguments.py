@@ -100,13 +100,6 @@ OPTION_TYPES = {
 
 class _Checked(TunerArguments):  # type: ignore[misc]
     def __post_init__(self) -> None:
-        named = {*(_command_line_words()), *(self.model_kwargs or {})}
-        refuse_unknown_keys(
-            named,
-            [PREFIX + name for name in OPTION_TYPES],
-            f"{PREFIX}{{}}".format,
-            {**_SWIFT_WORDS, **{name: name for name in _FROM_THE_MODEL}},
-        )
         super().__post_init__()
         if _wants_our_optimizer(self):
             refuse_optimizer_conflicts(self)
@@ -241,6 +234,12 @@ def refuse_unreadable_options() -> None:
 
 def _options(args: Any) -> dict[str, Any]:
     """Our options by their names in MoeLoraConfig."""
+    refuse_unknown_keys(
+        {*(_command_line() or ()), *(args.model_kwargs or {})},
+        [PREFIX + name for name in OPTION_TYPES],
+        f"{PREFIX}{{}}".format,
+        {**_SWIFT_WORDS, **{name: name for name in _FROM_THE_MODEL}},
+    )
     options = {
         key.removeprefix(PREFIX): value
         for key, value in (args.model_kwargs or {}).items()
