@@ -82,23 +82,6 @@ def ask_ms_swift(host, model_dir, folder, changes):
     return [a.get("message", "accepted") for a in json.loads(Path(files[1]).read_text())]
 
 
-TRY_ALL = """
-import json, yaml
-from axolotl.cli.config import load_cfg
-
-answers = []
-for config in json.load(open("cases.json")):
-    with open("tried.yaml", "w") as file:
-        yaml.safe_dump(config, file)
-    try:
-        load_cfg("tried.yaml")
-        answers.append("accepted")
-    except Exception as error:
-        answers.append(str(error))
-json.dump(answers, open("answers.json", "w"))
-"""
-
-
 def ask_axolotl(host, model_dir, folder, changes):
     base = yaml.safe_load(
         f"""
@@ -119,8 +102,8 @@ def ask_axolotl(host, model_dir, folder, changes):
         """
     )
     (folder / "cases.json").write_text(json.dumps([{**base, **change} for change in changes]))
-    (folder / "try_all.py").write_text(TRY_ALL)
-    host.run("python", "try_all.py", cwd=folder)
+    script = str(HERE / "axolotl_refusals.py")
+    host.run("python", script, "cases.json", "answers.json", cwd=folder)
     return json.loads((folder / "answers.json").read_text())
 
 

@@ -413,6 +413,12 @@ CONFIGS = {
         {"moelora_preset": "single_lora", "lora_alpha": 80},
         {"num_experts": 1, "top_k": 1, "r": 80, "lora_alpha": 80},
     ),
+    "a preset that lists its targets": ({"moelora_preset": "llava_mole"}, {"by_preset": True}),
+    "a preset for all linears": ({"moelora_preset": "goat"}, {"by_preset": False}),
+    "targets that win over the preset's": (
+        {"moelora_preset": "llava_mole", "target_modules": "all-linear"},
+        {"by_preset": False},
+    ),
     "lists and mappings": (
         {
             "moelora_layers_to_transform": [0, 1],

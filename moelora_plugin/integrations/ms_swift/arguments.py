@@ -164,10 +164,14 @@ def moelora_config(args: Any, **from_the_model: Any) -> MoeLoraConfig:
 
 
 def targets_are_the_presets(args: Any) -> bool:
-    """Whether a preset that names target modules is to choose them: the run names none itself."""
+    """Whether a preset that lists target modules is to choose them: the run names none itself.
+
+    A preset's "all-linear" is swift's own default, which leaves out a frozen vision tower.
+    """
     named = _command_line_words() & {"target_modules", "target_regex"}
     chosen = args.target_modules != _defaults()["target_modules"]
-    return not named and not chosen and "target_modules" in preset_fields(_options(args))
+    listed = isinstance(preset_fields(_options(args)).get("target_modules"), list)
+    return listed and not named and not chosen
 
 
 def refuse_other_type(folder: str) -> dict[str, Any]:
