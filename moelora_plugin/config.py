@@ -163,6 +163,10 @@ class MoeLoraConfig(PeftConfig):
     # No field: it is not saved. Whether the values of the adapter come from its file.
     from_file = False
 
+    # No field either: the exponent that the adapter trains with where `gate_rescale` says "auto",
+    # once an optimizer has settled it. What was asked for stays as it is; a file has what was used.
+    gate_rescale_used: GateRescale | None = None
+
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> MoeLoraConfig:
         """The preset's configuration; `overrides` win over it.
@@ -222,6 +226,8 @@ class MoeLoraConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe, and in the same order every time: PEFT keeps matched names in sets."""
         content: dict[str, Any] = super().to_dict()
+        if self.gate_rescale == "auto" and self.gate_rescale_used is not None:
+            content["gate_rescale"] = self.gate_rescale_used
         return {k: sorted(v) if isinstance(v, set) else v for k, v in content.items()}
 
     def _validate_numbers(self) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 from accelerate import init_empty_weights
@@ -18,12 +18,18 @@ from transformers.pytorch_utils import Conv1D
 from .allocation import ALLOCATIONS
 from .config import MoeLoraConfig
 from .errors import ConfigError
+from .frozen import freeze_again
 from .initialization import INITIALIZATIONS
 from .layers import AuxLosses, MoeLoraLinear, RoutedLayer, Shared
-from .layers.block import blocks_of
+from .layers.block import blocks_by_adapter, blocks_of
+from .layers.mixed import mixed_batch
 from .layers.sites import SITES, Site
+from .layers.streams import assign_streams
 from .lookup import lookup, with_options
 from .types import GateRescale, Place
+
+# What the sequences of a call or of a generation may be called.
+_INPUTS = ("input_ids", "inputs", "inputs_embeds", "input_features", "pixel_values")
 
 
 class MoeLoraModel(BaseTuner):
@@ -41,8 +47,9 @@ class MoeLoraModel(BaseTuner):
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         _refuse_nesting(model)
-        # The constructor injects the first adapter, whose layers share this.
-        self.shared = Shared()
+        # The constructor injects the first adapter, whose layers share this. Where adapters are
+        # added without a PeftModel, each comes with a tuner of its own.
+        self.shared = next((layer.shared for layer in routed_layers(model).values()), Shared())
         self._sites: dict[str, Site] = {}
         super().__init__(model, *args, **kwargs)
 
@@ -54,6 +61,18 @@ class MoeLoraModel(BaseTuner):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The adapted model's; called, where PEFT before 0.21 bypasses the model's hooks."""
         return self.model(*args, **kwargs)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT's hook around each call and generation: `adapter_names` are its arguments' here."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        found = [kwargs[key] for key in _INPUTS if kwargs.get(key) is not None]
+        given = next((len(value) for value in (*args[:1], *found)), None)
+        with mixed_batch(self.model, self.shared, names, given), blocks_by_adapter(self.model):
+            yield
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
@@ -74,10 +93,7 @@ class MoeLoraModel(BaseTuner):
         self.aux_losses.num_layers[adapter_name] = sum(
             adapter_name in layer.moelora_router for layer in routed_layers(model).values()
         )
-        self.shared.call.watch(model)
-        text = _text_modules(model)
-        for layer in routed_layers(model).values():
-            layer.sees_images = text is not None and layer not in text
+        assign_streams(model, self.shared.call)
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         """Say what is wrong with the base before PEFT says less, or nothing."""
@@ -153,11 +169,9 @@ class MoeLoraModel(BaseTuner):
         return self._sites[adapter]
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """PEFT's own, which passes over modules inside others of ours: blocks lose it here."""
+        """PEFT's own; then blocks without adapters leave their modules."""
         super().delete_adapter(adapter_name)
         for ffn, block in blocks_of(self.model):
-            block.delete_adapter(adapter_name)
-            block.set_adapter(self.active_adapters)
             if not block.moelora_router:
                 block.remove_from(ffn)
 
@@ -181,11 +195,8 @@ class MoeLoraModel(BaseTuner):
         super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         for ffn, block in blocks_of(self.model):
             block.remove_from(ffn)
-        # Our hooks would take the ids of an adapter that is added next. By owner, since a copy of
-        # the model has no handles of its own.
-        for hooks in (self.model._forward_pre_hooks, self.model._forward_hooks):
-            for key in [k for k, hook in hooks.items() if _owner(hook) is self.shared.call]:
-                del hooks[key]
+        # Our hooks would take the ids of an adapter that is added next.
+        self.shared.call.unwatch(self.model)
         return self.model
 
     def _refuse_partial_merge(self, adapter_names: list[str] | None) -> None:
@@ -199,24 +210,10 @@ class MoeLoraModel(BaseTuner):
                 if adapter in layer.moelora_mixture and adapter not in layer.merged_adapters:
                     layer.refuse_merge(adapter)
 
-    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """PEFT's own casts parameters; frozen experts and offsets meet those in products."""
-        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        if not autocast_adapter_dtype:
-            return
-        for layer in routed_layers(self.model).values():
-            layer.widen_buffers(adapter_name)
-
-    def config_of(self, adapter: str) -> MoeLoraConfig:
-        """The adapter's configuration."""
-        return cast(MoeLoraConfig, self.peft_config[adapter])
-
-    def set_gate_rescale(self, mode: GateRescale, adapter: str) -> None:
-        """Fix the backward exponent of an adapter; its config records the value that was used."""
-        self.config_of(adapter).gate_rescale = mode
-        for layer in routed_layers(self).values():
-            if adapter in layer.moelora_gate_rescale:
-                layer.moelora_gate_rescale[adapter] = mode
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        """PEFT's own, where `bias="all"` means all that is called bias: ours stay frozen."""
+        super()._mark_only_adapters_as_trainable(model)
+        freeze_again(model)
 
 
 def moelora_layers(model: nn.Module) -> dict[str, MoeLoraLinear]:
@@ -253,21 +250,30 @@ def places(names: Iterable[str]) -> dict[str, Place]:
     }
 
 
+def active_configs(model: nn.Module) -> dict[str, MoeLoraConfig]:
+    """The active adapters' configurations by name, whoever added the adapters: PEFT or the base."""
+    active = [name for layer in routed_layers(model).values() for name in layer.active_adapters]
+    found: dict[str, Any] = {}
+    for module in model.modules():
+        found.update(vars(module).get("peft_config") or {})
+    return {
+        name: found[name]
+        for name in dict.fromkeys(active)
+        if isinstance(found.get(name), MoeLoraConfig)
+    }
+
+
+def use_gate_rescale(model: nn.Module, mode: GateRescale, adapter: str) -> None:
+    """Train an active adapter with this exponent, which its file will name."""
+    active_configs(model)[adapter].gate_rescale_used = mode
+    for layer in routed_layers(model).values():
+        if adapter in layer.moelora_gate_rescale:
+            layer.moelora_gate_rescale[adapter] = mode
+
+
 def find_tuner(model: Any) -> MoeLoraModel | None:
     """The tuner inside a PeftModel (however it is wrapped), or None."""
     return next((m for m in model.modules() if isinstance(m, MoeLoraModel)), None)
-
-
-def _text_modules(model: Any) -> set[nn.Module] | None:
-    """The modules of a vision model that see the text's tokens; None of a model without images."""
-    if getattr(getattr(model, "config", None), "vision_config", None) is None:
-        return None
-    parts: list[Any] = [model.get_decoder(), model.get_output_embeddings()]
-    return {module for part in parts if part is not None for module in part.modules()}
-
-
-def _owner(hook: Any) -> Any:
-    return getattr(hook, "__self__", None)
 
 
 def _refuse_nesting(model: nn.Module) -> None:

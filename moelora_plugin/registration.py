@@ -6,6 +6,9 @@ Everything here is safe to call any number of times.
 from __future__ import annotations
 
 import functools
+import re
+import sys
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from typing import Any, get_args
@@ -39,6 +42,45 @@ def register() -> None:
         register_peft_method(
             name=PEFT_TYPE.lower(), config_cls=MoeLoraConfig, model_cls=MoeLoraModel
         )
+    register_generation()
+
+
+def register_generation() -> None:
+    """Have transformers' `generate` say where a prompt ends, to layers that decide by prompts."""
+    from transformers.generation import GenerationMixin
+
+    from .generation import wrap_generation
+
+    wrap_generation(GenerationMixin)
+
+
+def register_block_keys() -> None:
+    """Make transformers' own `load_adapter` find the routers of blocks.
+
+    It puts the adapter's name behind the first part of a key that begins with PEFT's prefix. For
+    the router of a block, `mlp.moelora_block.moelora_gate.weight`, that is one part too early.
+    """
+    for name in ("peft.utils.transformers_weight_conversion", "transformers.integrations.peft"):
+        module: Any = sys.modules.get(name)
+        build = vars(module).get("build_peft_weight_mapping") if module is not None else None
+        if build is not None and not hasattr(build, "__wrapped__"):
+            module.build_peft_weight_mapping = _with_block_keys(build)
+
+
+def _with_block_keys(build: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    @functools.wraps(build)
+    def build_peft_weight_mapping(
+        weight_conversions: Any, adapter_name: str, peft_config: Any = None
+    ) -> list[Any]:
+        mapping = build(weight_conversions, adapter_name, peft_config=peft_config)
+        if mapping and getattr(peft_config, "peft_type", None) == "MOELORA":
+            from transformers.core_model_loading import WeightRenaming
+
+            source = rf"moelora_block\.{re.escape(adapter_name)}\.(moelora_[^\.]*)"
+            mapping.append(WeightRenaming(source, rf"moelora_block.\1.{adapter_name}"))
+        return mapping
+
+    return build_peft_weight_mapping
 
 
 def register_optimizer_names() -> None:
@@ -50,7 +92,7 @@ def register_optimizer_names() -> None:
     from transformers.training_args import OptimizerNames
 
     for name in get_args(OptimizerName):
-        _add_member(OptimizerNames, name.upper(), name, "install a transformers from 5.6 to 5.23")
+        _add_member(OptimizerNames, name.upper(), name, "install a transformers from 5.6 to 5.24")
 
 
 def register_optimizers() -> None:
@@ -66,7 +108,7 @@ def register_optimizers() -> None:
     if not isinstance(handlers, dict):
         raise MissingDependencyError(
             "This transformers has no table of optimizers, so optim cannot name ours; install a "
-            "transformers from 5.6 to 5.23."
+            "transformers from 5.6 to 5.24."
         )
 
     def handle(context: Any) -> Any:

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 _MAY_DIFFER = {
     "auto_mapping",
     "base_model_name_or_path",
+    "gate_rescale_used",  # stands under gate_rescale in what is compared
     "inference_mode",
     "peft_type",  # compared before
     "peft_version",

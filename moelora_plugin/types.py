@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 GateRescale = Literal["none", "sqrt", "exact"]
 GateRescaleScope = Literal["weights", "output"]
 Shared = Literal["none", "a", "b"]
+Frozen = Literal["none", "a", "b"]
 OptimizerName = Literal["rsgd", "grsgd", "radamw", "gradamw"]
 
 
@@ -123,6 +124,25 @@ class Routing:
 
 
 @dataclass(slots=True)
+class Documents:
+    """Sequences that lie one after the other in the rows of a batch (packing).
+
+    Attributes:
+        count: D.
+        of_T: the number of each token's document (T,), which never falls.
+    """
+
+    count: int
+    of_T: torch.Tensor
+
+    @property
+    def first_D(self) -> torch.Tensor:
+        """The index of each document's first token (D,)."""
+        sizes_D = self.of_T.bincount(minlength=self.count)
+        return sizes_D.cumsum(0) - sizes_D
+
+
+@dataclass(slots=True)
 class Rows:
     """What a router decides about: tokens, sequences or ids. N rows.
 
@@ -131,6 +151,7 @@ class Rows:
         ids: task or cluster of each row (N,), where the router's input is one.
         real: True where a row is not padding (N,); None where all are.
         batch: the rows are those of `batch` sequences of equal length, in order.
+        documents: which sequence each row belongs to, where that is not all that `batch` says.
         row_of_token: for each token its row (T,); None where every token is its own row.
         product: W x (N, E) for the matrix of a linear score, where it was to be had for less.
     """
@@ -139,6 +160,7 @@ class Rows:
     ids: torch.Tensor | None = None
     real: torch.Tensor | None = None
     batch: int = 1
+    documents: Documents | None = None
     row_of_token: torch.Tensor | None = None
     product: torch.Tensor | None = None
 
@@ -216,7 +238,7 @@ class Place:
 class ExpertPair:
     """The factors of one layer's experts, as the Riemannian optimizers take them.
 
-    A factor that is frozen (a buffer) still gives its partner's metric.
+    A factor that is frozen still gives its partner's metric.
 
     Attributes:
         a: stacked A (R, in), or one A (r, in) that all experts share.
@@ -224,6 +246,7 @@ class ExpertPair:
         ranks: rank of each expert.
         scaling: LoRA scale s.
         shared: which factor the experts share.
+        frozen: which factor the expert kind never trains.
     """
 
     a: torch.Tensor
@@ -231,3 +254,4 @@ class ExpertPair:
     ranks: tuple[int, ...]
     scaling: float
     shared: Shared = "none"
+    frozen: Frozen = "none"

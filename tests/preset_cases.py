@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -128,8 +128,23 @@ def grown(name: str, seed: int = 0, **overrides: Any) -> PeftModel:
     torch.manual_seed(seed + 1)
     for layer in moelora_layers(model).values():
         for tensor in layer.tensors().values():
-            if isinstance(tensor, nn.Parameter):
+            if tensor.requires_grad:
                 tensor.data += 0.3 * torch.randn_like(tensor)
+    return model
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def randomized(model: M, adapter: str = "default", seed: int = 5) -> M:
+    """Whatever the adapter keeps (frozen tensors and counts too) unlike what a new one has."""
+    torch.manual_seed(seed)
+    for name, tensor in model.state_dict().items():
+        if f".{adapter}." in name and "moelora_" in name:
+            if tensor.is_floating_point():
+                tensor += 0.3 * torch.randn_like(tensor)
+            else:
+                tensor += torch.randint(-40, 40, tensor.shape)
     return model
 
 

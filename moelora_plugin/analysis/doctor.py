@@ -24,7 +24,7 @@ _OPTIONAL = {
 # Oldest and newest version that was tried; outside the range things may work.
 _TRIED = {
     "peft": ("0.18.1", "0.21.2"),
-    "transformers": ("5.6", "5.23"),
+    "transformers": ("5.6", "5.24"),
     "llamafactory": ("0.9.5", "0.9.5"),
     "axolotl": ("0.19.0", "0.19.0"),
     "ms-swift": ("4.6.0", "4.6.0"),

@@ -218,7 +218,7 @@ def plan_adapter(
         modules=_modules(layers, at.tokens),
         expert_parameters=_numel(experts),
         router_parameters=sum(p.numel() for p in adapted.parameters() if id(p) in routers),
-        frozen_entries=_numel(_own_buffers(adapted)),
+        frozen_entries=_numel(_own_frozen(adapted)),
         preconditioning=preconditioning_operations(pairs),
         # Last: counting a step makes a model useless for anything else.
         alone=_use(alone, base_bytes, at),
@@ -296,7 +296,7 @@ def _lora(ranks: dict[str, int], dropout: float) -> LoraConfig:
 
 def _use(model: nn.Module, base_bytes: int, at: Step) -> Use:
     trainable = [p for p in model.parameters() if p.requires_grad]
-    weights = _bytes([*model.parameters(), *_own_buffers(model)])
+    weights = _bytes(model.parameters())
     file = 0
     if isinstance(model, PeftModel):
         file = _bytes(get_peft_model_state_dict(model, save_embedding_layers=False).values())
@@ -318,8 +318,9 @@ def _use(model: nn.Module, base_bytes: int, at: Step) -> Use:
     )
 
 
-def _own_buffers(model: nn.Module) -> list[Tensor]:
-    return [tensor for name, tensor in model.named_buffers() if "moelora_" in name]
+def _own_frozen(model: nn.Module) -> list[Tensor]:
+    """What of the adapter never trains."""
+    return [p for name, p in model.named_parameters() if "moelora_" in name and not p.requires_grad]
 
 
 def _modules(layers: dict[str, MoeLoraLinear], tokens: int) -> tuple[AdaptedModules, ...]:

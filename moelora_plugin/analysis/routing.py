@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..call import Call, read_call
+from ..call.reading import named_arguments
 from ..model import routed_layers
 from ..types import Routing
+
+_MASK = "attention_mask"
 
 
 @dataclass
@@ -110,18 +112,17 @@ def routing_statistics(
             layer.last_routing.clear()
 
     def count(module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
-        call = read_call(module, args, kwargs, {})
-        if call.real_BS is None and padding_id is not None:
-            call = replace(call, real_BS=_before_padding(args, kwargs, padding_id))
-        for sees_images, view in ((False, call), (True, call.unmasked)):
-            found = {
-                name: routing
-                for name, layer in layers.items()
-                if layer.sees_images == sees_images
-                and (routing := layer.last_routing.pop(adapter, None)) is not None
-            }
-            for name, counts in _count(found, view).items():
-                stats.layers[name] = stats.layers[name] + counts if name in stats.layers else counts
+        unpadded_T = None
+        if padding_id is not None and named_arguments(module, args, kwargs).get(_MASK) is None:
+            unpadded_T = _before_padding(args, kwargs, padding_id)
+        found = {}
+        for name, layer in layers.items():
+            if (routing := layer.last_routing.pop(adapter, None)) is not None:
+                real_T = layer.last_real.pop(adapter, None)
+                is_unmasked = real_T is None and not layer.sees_images and unpadded_T is not None
+                found[name] = routing, unpadded_T if is_unmasked else real_T
+        for name, counts in _count(found).items():
+            stats.layers[name] = stats.layers[name] + counts if name in stats.layers else counts
 
     handles = (
         base.register_forward_pre_hook(forget),
@@ -137,6 +138,7 @@ def routing_statistics(
         for layer in layers.values():
             layer.record_routing = False
             layer.last_routing.clear()
+            layer.last_real.clear()
 
 
 def _base_of(model: nn.Module) -> nn.Module:
@@ -146,27 +148,33 @@ def _base_of(model: nn.Module) -> nn.Module:
     return base
 
 
-def _count(found: Mapping[str, Routing], call: Call) -> dict[str, LayerCounts]:
+def _count(found: Mapping[str, tuple[Routing, Tensor | None]]) -> dict[str, LayerCounts]:
     """Count one forward pass, layers of one shape at once."""
     alike: dict[Any, list[str]] = {}
-    for name, routing in found.items():
+    for name, (routing, _) in found.items():
         alike.setdefault((routing.weights.shape, routing.weights.device), []).append(name)
     counted = {}
     for names in alike.values():
-        weights_LTE = torch.stack([found[name].weights for name in names]).float()
-        probs_LTE = torch.stack([found[name].probs for name in names]).float()
-        tokens = weights_LTE.shape[1]
-        real_T = call.real_among(tokens)
-        if real_T is None:
-            real_T = torch.ones(tokens, dtype=torch.bool)
-        real_T = real_T.to(weights_LTE.device)
+        weights_LTE = torch.stack([found[name][0].weights for name in names]).float()
+        probs_LTE = torch.stack([found[name][0].probs for name in names]).float()
+        tokens, device = weights_LTE.shape[1], weights_LTE.device
+        masks = [found[name][1] for name in names]
+        # A mask of other tokens (those of padding_id, for a layer that sees others) says nothing.
+        fits = [mask is not None and len(mask) == tokens for mask in masks]
+        every_T = torch.ones(tokens, dtype=torch.bool, device=device)
+        real_LT = torch.stack(
+            [
+                mask.to(device) if mask is not None and fit else every_T
+                for mask, fit in zip(masks, fits, strict=True)
+            ]
+        )
         finite_LT = weights_LTE.isfinite().all(-1)
-        counted_LT1 = (finite_LT & real_T)[..., None]
+        counted_LT1 = (finite_LT & real_LT)[..., None]
         weights_LTE = torch.where(counted_LT1, weights_LTE, 0)
         probs_LTE = torch.where(counted_LT1, probs_LTE, 0)
         sums = (
             counted_LT1.sum(1),
-            (~finite_LT & real_T).sum(1, keepdim=True),
+            (~finite_LT & real_LT).sum(1, keepdim=True),
             torch.special.entr(probs_LTE).sum((1, 2), keepdim=True)[:, 0],
             (weights_LTE > 0).sum(1),
             weights_LTE.sum(1),
@@ -181,8 +189,8 @@ def _count(found: Mapping[str, Routing], call: Call) -> dict[str, LayerCounts]:
 
 
 def _before_padding(args: Any, kwargs: Mapping[str, Any], padding_id: int) -> Tensor | None:
-    """True up to the last token of each sequence that is not `padding_id` (B, S)."""
+    """True up to the last token of each sequence that is not `padding_id` (T,)."""
     ids = kwargs.get("input_ids", args[0] if args else None)
     if not isinstance(ids, Tensor) or ids.ndim != 2:
         return None
-    return (ids != padding_id).flip(1).cumsum(1).flip(1) > 0
+    return ((ids != padding_id).flip(1).cumsum(1).flip(1) > 0).flatten()

@@ -25,8 +25,7 @@ class ExpertKind(ABC):
     constructor and stand under `expert_kwargs`.
 
     Attributes:
-        frozen: names of tensors that do not train; the layer keeps them as buffers, saved with the
-            adapter.
+        frozen: names of tensors that do not train, and are saved with the adapter.
         sums_outputs: whether the update is sum_i g_i s B_i A_i x over the pairs of `split`.
 
     Args:

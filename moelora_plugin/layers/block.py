@@ -6,8 +6,10 @@ one of its experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -22,6 +24,7 @@ from ..types import GateRescale, GateRescaleScope, LayerPlan, Routing
 from .folding import FoldingLinear
 from .gate_source import GateSource
 from .linear import MoeLoraLinear
+from .mixed import by_adapter
 from .routed import RoutedLayer, Shared
 
 # The child of the feed-forward module that holds its router.
@@ -201,7 +204,9 @@ class MoeLoraBlock(RoutedLayer):
     def begin(self, x: Tensor) -> Tensor:
         """Decide for the tokens of x (..., H): the rows (1, P, H) for the linears."""
         self._pass = None
-        adapters = [a for a in self.active_adapters if a in self.moelora_router]
+        mixed = self.shared.mixed
+        active = self.active_adapters if mixed is None else [mixed.only]
+        adapters = [a for a in active if a in self.moelora_router]
         if self.disable_adapters or not adapters:
             return x
         adapter = adapters[0]
@@ -247,7 +252,7 @@ class MoeLoraBlock(RoutedLayer):
             ConfigError: there is none, or several adapters are active.
         """
         active = [a for a in linear.active_adapters if a in linear.moelora_mixture]
-        if len(active) > 1:
+        if len(active) > 1 and self.shared.mixed is None:
             raise ConfigError(
                 f"Adapter {adapter!r} has site 'block' and cannot be active together with another "
                 f"on the same linear, but {active} are; activate one with set_adapter."
@@ -308,6 +313,11 @@ class BlockGates(GateSource):
             rows_PO = restore_gradient(rows_PO, current.dispatch.gates_P, current.rescale)
         return rows_PO.unsqueeze(0)
 
+    def forget(self, linear: MoeLoraLinear, adapter: str) -> None:
+        """PEFT, which passes over modules inside others of ours, leaves the block to us."""
+        self.block.delete_adapter(adapter)
+        self.block.set_adapter(linear.active_adapters)
+
     def fixed_weights(self, linear: FoldingLinear, adapter: str) -> Tensor | None:
         """See `MoeLoraBlock.chosen`.
 
@@ -337,6 +347,42 @@ def blocks_of(model: nn.Module) -> list[tuple[nn.Module, MoeLoraBlock]]:
         for child in module.children()
         if isinstance(child, MoeLoraBlock)
     ]
+
+
+@contextmanager
+def blocks_by_adapter(model: nn.Module) -> Iterator[None]:
+    """Run each block once for every adapter of a `mixed_batch`, on that adapter's sequences."""
+    found = blocks_of(model)
+    before = [vars(ffn).get("forward") for ffn, _ in found]
+    for ffn, block in found:
+        vars(ffn)["forward"] = partial(_forward_by_adapter, ffn, block, ffn.forward)
+    try:
+        yield
+    finally:
+        for (ffn, _), forward in zip(found, before, strict=True):
+            del ffn.forward
+            if forward is not None:  # another library's own
+                vars(ffn)["forward"] = forward
+
+
+def _forward_by_adapter(
+    ffn: nn.Module, block: MoeLoraBlock, forward: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Tensor:
+    mixed = block.shared.mixed
+    assert mixed is not None
+    key = None if args else next(iter(kwargs))
+
+    def run(x: Tensor) -> Tensor:
+        given, named = ((x, *args[1:]), kwargs) if key is None else (args, {**kwargs, key: x})
+        output = None
+        try:
+            given, named = _begin(ffn, given, named)
+            output = forward(*given, **named)
+        finally:
+            mixture = block.end(output)
+        return cast(Tensor, output if mixture is None else mixture)
+
+    return by_adapter(mixed, args[0] if key is None else kwargs[key], run)
 
 
 def _begin(ffn: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

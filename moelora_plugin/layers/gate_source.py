@@ -43,6 +43,9 @@ class GateSource(ABC):
         """The base's output for x where it can be had for less; None where x has to go through."""
         return None
 
+    def forget(self, linear: MoeLoraLinear, adapter: str) -> None:  # noqa: B027
+        """The linear has lost the adapter: so does what decides for it."""
+
     def fixed_weights(self, linear: FoldingLinear, adapter: str) -> Tensor | None:
         """The gates (E,) where they ignore the input; else None."""
         return None

@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from ..config import MoeLoraConfig
 from ..errors import ConfigError
 from ..experts import EXPERTS
+from ..frozen import KeepsFrozen
 from ..initialization import INITIALIZATIONS, InitInput
 from ..lookup import lookup, with_options
 from ..scaling import scale_of
 from ..types import (
     ExpertInput,
     ExpertPair,
+    Frozen,
     GateRescaleScope,
     Gates,
     LayerPlan,
@@ -31,24 +33,24 @@ from ..types import (
 )
 from .decoder import Decoder
 from .folding import FoldingLinear, Mixture, with_universal
+from .mixed import MixedBatch
 from .routed import RoutedLayer, Shared
 
 # These have in and out features that PEFT can read but do not compute x W^T.
 _NOT_LINEAR = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
 
 
-class Factors(nn.Module):
+class Factors(KeepsFrozen):
     """Tensors as a module, so that their names have the adapter between dots, as PEFT's own have.
 
     TRL finds the parameters of an adapter by ".default." where it makes a copy as the reference.
-    A frozen tensor is a buffer: it is saved, and nothing sets its requires_grad.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], frozen: frozenset[str]) -> None:
         super().__init__()
         for name, shape in shapes.items():
             if name in frozen:
-                self.register_buffer(name, torch.empty(shape))
+                self.register_frozen(name, torch.empty(shape))
             else:
                 self.register_parameter(name, nn.Parameter(torch.empty(shape)))
 
@@ -145,6 +147,13 @@ class MoeLoraLinear(FoldingLinear):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """PEFT's own, and for what decides about the adapter here."""
+        source = self.moelora_gate_source.get(adapter_name)
+        super().delete_adapter(adapter_name)
+        if source is not None:
+            source.forget(self, adapter_name)
+
     def _add_tensors(self, adapter: str, config: MoeLoraConfig, module_name: str) -> None:
         mixture = self.moelora_mixture[adapter]
         experts, plan = mixture.experts, mixture.plan
@@ -193,7 +202,6 @@ class MoeLoraLinear(FoldingLinear):
             found["B"] = cast(Tensor, factors.weight)
         if (extra := self.part("moelora_extra", adapter)) is not None:
             found.update(extra.named_parameters())
-            found.update(extra.named_buffers())
         return found
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -203,6 +211,8 @@ class MoeLoraLinear(FoldingLinear):
         if self.disable_adapters or self.merged:
             output: Tensor = self.base_layer(x, *args, **kwargs)
             return output
+        if (mixed := self.shared.mixed) is not None:
+            return self._mixed_batch_forward(mixed, x, *args, **kwargs)
         adapters = [name for name in self.active_adapters if name in self.moelora_mixture]
         result = base = self._base_output(x, adapters, *args, **kwargs)
         is_decoding = not (self.training or self.record_routing or torch.is_grad_enabled())
@@ -213,6 +223,30 @@ class MoeLoraLinear(FoldingLinear):
                 decoded = self._mixed_output(x, adapter, base, onto=result)
             result = decoded
         return result.to(base.dtype)
+
+    def _mixed_batch_forward(
+        self, mixed: MixedBatch, x: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """The output where each sequence has the update of its own adapter, or of none."""
+        if mixed.only is not None:
+            adapters = [a for a in (mixed.only,) if a in self.moelora_mixture]
+            base = self._base_output(x, adapters, *args, **kwargs)
+            result = base
+            for adapter in adapters:
+                result = self._mixed_output(x, adapter, base, onto=base)
+            return result.to(base.dtype)
+        base = self.base_layer(x, *args, **kwargs)
+        given = mixed.sequences(x)
+        of_base = base.view(*given.shape[:-1], base.shape[-1])
+        result = of_base.clone()
+        for adapter, index in mixed.groups(len(given)).items():
+            if adapter in self.moelora_mixture:
+                with mixed.rows(index):
+                    mine = of_base[index]
+                    result[index] = self._mixed_output(given[index], adapter, mine, onto=mine).to(
+                        base.dtype
+                    )
+        return result.view(base.shape)
 
     def _decoder(self, adapter: str) -> Decoder | None:
         """What computes the same as `_mixed_output` for a few tokens, where there is such."""
@@ -321,14 +355,17 @@ class MoeLoraLinear(FoldingLinear):
     def expert_pairs(self) -> list[ExpertPair]:
         """The (A, B) pairs that train, as the optimizers take them.
 
-        One factor may be frozen by its expert kind (a buffer), but not by hand.
+        One factor may be frozen by its expert kind, but not by hand.
         """
         pairs = []
-        for adapter in self.moelora_mixture:
+        for adapter, mixture in self.moelora_mixture.items():
+            frozen = {id(self.tensors(adapter)[name]) for name in mixture.experts.frozen}
             for pair in self._pairs(adapter):
-                parameters = [f for f in (pair.a, pair.b) if isinstance(f, nn.Parameter)]
-                if parameters and all(factor.requires_grad for factor in parameters):
-                    pairs.append(pair)
+                kept = [s for s, f in (("a", pair.a), ("b", pair.b)) if id(f) in frozen]
+                side = cast(Frozen, kept[0] if len(kept) == 1 else "none")
+                factors = [f for f in (pair.a, pair.b) if id(f) not in frozen]
+                if factors and all(factor.requires_grad for factor in factors):
+                    pairs.append(replace(pair, frozen=side))
         return pairs
 
     def unpaired_parameters(self) -> list[nn.Parameter]:
@@ -337,11 +374,9 @@ class MoeLoraLinear(FoldingLinear):
         for adapter in self.moelora_mixture:
             paired = {id(factor) for pair in self._pairs(adapter) for factor in (pair.a, pair.b)}
             found += [
-                tensor
+                cast(nn.Parameter, tensor)
                 for tensor in self.tensors(adapter).values()
-                if isinstance(tensor, nn.Parameter)
-                and tensor.requires_grad
-                and id(tensor) not in paired
+                if tensor.requires_grad and id(tensor) not in paired
             ]
         return found
 

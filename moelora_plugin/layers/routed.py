@@ -5,7 +5,8 @@ Shape suffixes: T tokens, E experts.
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from ..call import Call, CallContext
 from ..config import MoeLoraConfig
 from ..errors import ConfigError
+from ..frozen import freeze_again
 from ..lookup import lookup, with_options
 from ..losses import LossInput
 from ..routers import ROUTERS, Router
@@ -24,6 +26,9 @@ from ..types import GateRescale, LayerPlan, Routing
 from .aux_loss import AuxLosses, WeightedLoss, weighted_losses
 from .gate_source import Decision
 
+if TYPE_CHECKING:
+    from .mixed import MixedBatch
+
 
 class Shared:
     """What the layers of one model share."""
@@ -33,6 +38,8 @@ class Shared:
         self.aux_losses = AuxLosses()
         # Whether what runs is a pass before the call's own, which routers decide by (site "model").
         self.is_first_pass = False
+        # Which adapter each sequence belongs to, where that is not the same for all.
+        self.mixed: MixedBatch | None = None
 
 
 class RoutedLayer(nn.Module, BaseTunerLayer):
@@ -42,8 +49,10 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
     `moelora_router` (from logits to gates; most have no parameters) and `moelora_modifiers`.
     """
 
-    router_layer_names = ("moelora_gate", "moelora_router", "moelora_modifiers")
+    router_layer_names = ("moelora_gate", "moelora_router")
+    # Modifiers hold counts, which PEFT could not ask to train.
     router_param_names = (
+        "moelora_modifiers",
         "moelora_input",
         "moelora_aux_losses",
         "moelora_gate_rescale",
@@ -53,7 +62,10 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
     def __init__(self, shared: Shared) -> None:
         super().__init__()
         self.shared = shared
-        # Whether the tokens here are an image's (a vision tower's), not those of the text.
+        # The part of the model whose tokens are seen here; None for the model's own, "" for tokens
+        # that no part's arguments describe. See `assign_streams`.
+        self.stream: str | None = None
+        # Whether they are an image's or a sound's, and not those of the text.
         self.sees_images = False
         self.moelora_gate = nn.ModuleDict()
         self.moelora_router = nn.ModuleDict()
@@ -69,12 +81,20 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         # Kept only while `analysis.routing_statistics` (or whoever sets the flag) asks for it.
         self.record_routing = False
         self.last_routing: dict[str, Routing] = {}
+        # Which of its tokens were real (T,), where a mask said so.
+        self.last_real: dict[str, Tensor | None] = {}
         # Each loss of the last micro-batch before its coefficient, by adapter; for the log.
         self.last_aux_losses: dict[str, dict[str, Tensor]] = {}
 
-    def view(self, call: Call) -> Call:
-        """What a call of the model says about the tokens that this layer sees."""
-        return call.unmasked if self.sees_images else call
+    def view(self, call: Call, x: Tensor) -> Call:
+        """What a call of the model says about the tokens of x (..., in), which this layer sees."""
+        return call.seen_by(self.stream, x)
+
+    @property
+    def acting_adapters(self) -> Sequence[str]:
+        """The active ones, or those that a mixed batch names."""
+        mixed, active = self.shared.mixed, cast(Sequence[str], self.active_adapters)
+        return active if mixed is None else tuple(dict.fromkeys(mixed.names))
 
     @property
     def aux_losses(self) -> AuxLosses:
@@ -128,6 +148,8 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
                 for name, value in config.router_modifiers.items()
             ]
         )
+        for container in (self.moelora_gate, self.moelora_router, self.moelora_modifiers):
+            _refuse_buffers(container[adapter])
         before_call = self.shared.call.before_call
         if config.router_modifiers and self.before_call not in before_call:
             before_call.append(self.before_call)
@@ -136,18 +158,20 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
     def place_router(self, adapter: str, like: Tensor) -> None:
         """Put a router that was made after injection where a tensor is, in its dtype."""
         if not like.is_meta:  # which has no values; they come with the adapter's file
-            for name in self.router_layer_names:
-                getattr(self, name)[adapter].to(like.device, like.dtype)
+            for container in (self.moelora_gate, self.moelora_router, self.moelora_modifiers):
+                container[adapter].to(like.device, like.dtype)
 
-    def widen_buffers(self, adapter: str) -> None:
-        """Make an adapter's half precision buffers fp32, as PEFT makes its parameters."""
-        for name in self.adapter_layer_names:
-            container = getattr(self, name)
-            for module in container[adapter].modules() if adapter in container else ():
-                for key, buffer in module.named_buffers(recurse=False):
-                    if buffer.is_floating_point():
-                        wide = torch.promote_types(buffer.dtype, torch.float32)
-                        setattr(module, key, buffer.to(wide))
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """PEFT's own, which has all of an active adapter train: frozen tensors stay frozen."""
+        super().set_adapter(adapter_names, inference_mode)
+        freeze_again(self)
+
+    def set_requires_grad(
+        self, adapter_names: str | Sequence[str], requires_grad: bool = True
+    ) -> None:
+        """PEFT's own; frozen tensors stay frozen."""
+        super().set_requires_grad(adapter_names, requires_grad)
+        freeze_again(self)
 
     def set_gate_rescale(self, adapter: str, config: MoeLoraConfig) -> None:
         """Take an adapter's exponent from its configuration.
@@ -191,18 +215,28 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
             product: x times `gate_matrix` (T, E), where that is there already.
         """
         call = self.shared.call.call
-        rows = self.moelora_input[adapter].rows(x, self.view(call))
-        rows.product = product
-        routing: Routing = self._router(adapter)(
-            rows, self._score(adapter), self._modifiers(adapter), a
+        view, router, modifiers = (
+            self.view(call, x),
+            self._router(adapter),
+            self._modifiers(adapter),
         )
+        rows = self.moelora_input[adapter].rows(x, view)
+        rows.product = product
+        if view.starts_BS is not None and (router.mixes_rows or modifiers.mixes_rows):
+            rows.documents = view.documents if rows.row_of_token is None else None
+        routing: Routing = router(rows, self._score(adapter), modifiers, a)
         if rows.row_of_token is not None:
             routing = routing.rows(rows.row_of_token)
         if (decision := self.moelora_decision.get(adapter)) is not None:
             decision.take(routing, call)
         if self.record_routing:
-            self.last_routing[adapter] = routing.detach()
+            self.record(adapter, routing, view.real_among(x.shape[:-1]))
         return routing
+
+    def record(self, adapter: str, routing: Routing, real_T: Tensor | None) -> None:
+        """Keep a decision for whoever has set `record_routing`."""
+        self.last_routing[adapter] = routing.detach()
+        self.last_real[adapter] = real_T
 
     def enter_losses(self, update: Tensor, inputs: LossInput, adapter: str) -> Tensor:
         """Tie the adapter's auxiliary losses to the update, while training."""
@@ -215,16 +249,20 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
 
     def loss_input(self, routing: Routing, x: Tensor) -> LossInput:
         """What auxiliary losses may read of a decision about x (..., in), but for the experts."""
-        call, tokens = self.view(self.shared.call.call), len(routing.weights)
-        real_T = call.real_among(tokens)
+        call, tokens = self.view(self.shared.call.call, x), len(routing.weights)
+        documents = call.documents if call.ids else None  # what reads them reads ids as well
+        if documents is not None and len(documents.of_T) != tokens:
+            documents = None
         given = {name: value.reshape(-1).to(x.device) for name, value in call.ids.items()}
-        ids = {
-            name: value.repeat_interleave(tokens // len(value))
-            for name, value in given.items()
-            if len(value) and tokens % len(value) == 0
-        }
+        ids = {}
+        for name, value in given.items():
+            if documents is not None and len(value) == documents.count > 1:
+                ids[name] = value[documents.of_T]
+            elif len(value) and tokens % len(value) == 0:
+                ids[name] = value.repeat_interleave(tokens // len(value))
         batch = x.shape[0] if x.ndim == 3 else 1
-        return LossInput(routing, real_T, ids, batch=batch)
+        real_T = call.real_among(x.shape[:-1])
+        return LossInput(routing, real_T, ids, batch=batch, documents=documents)
 
     def before_call(self, call: Call) -> None:
         """Let modifiers change their state, before a training call of the model."""
@@ -293,3 +331,13 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
 
     def _modifiers(self, adapter: str) -> RouterModifiers:
         return cast(RouterModifiers, self.part("moelora_modifiers", adapter))
+
+
+def _refuse_buffers(part: nn.Module) -> None:
+    """A part's state has to travel wherever an adapter is copied, which buffers do not."""
+    buffers = sorted({*part.state_dict()} - {name for name, _ in part.named_parameters()})
+    if buffers:
+        raise ConfigError(
+            f"{type(part).__name__} keeps {buffers[0]!r} as a buffer, which copies of an adapter "
+            "lose; add it by register_frozen."
+        )

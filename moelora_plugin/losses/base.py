@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..types import Routing
+from ..types import Documents, Routing
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class LossInput:
         outputs: gives each expert's own output s B_i A_i x (M, E, O) for the tokens whose indexes
             (M,) it is given, with its graph; None where the experts are elsewhere.
         batch: the tokens are those of `batch` sequences of equal length, in order.
+        documents: which sequence each token belongs to, where that is not all that `batch` says.
     """
 
     routing: Routing
@@ -35,6 +36,7 @@ class LossInput:
     experts: Callable[[], Sequence[tuple[Tensor, Tensor]]] = list
     outputs: Callable[[Tensor], Tensor] | None = None
     batch: int = 1
+    documents: Documents | None = None
 
 
 # Options are keyword-only parameters and stand beside the coefficient in `aux_losses`.

@@ -43,11 +43,20 @@ def localized_cv2(inputs: LossInput, *, delta: float = 0.1) -> Tensor:
         real_T = torch.ones_like(weights_TE[:, 0], dtype=torch.bool)
     experts = weights_TE.shape[-1]
     weights_TE = weights_TE * real_T.unsqueeze(-1)
-    importance_SE = weights_TE.view(inputs.batch, -1, experts).sum(1)
+    documents = inputs.documents
+    if documents is None:
+        importance_SE = weights_TE.view(inputs.batch, -1, experts).sum(1)
+        has_tokens_S = real_T.view(inputs.batch, -1).any(-1)
+        ids_S = inputs.ids["task_id"].view(inputs.batch, -1)[:, 0]
+    else:
+        importance_SE = weights_TE.new_zeros(documents.count, experts)
+        importance_SE = importance_SE.index_add(0, documents.of_T, weights_TE)
+        has_tokens_S = documents.of_T[real_T].bincount(minlength=documents.count) > 0
+        ids_S = inputs.ids["task_id"][documents.first_D]
 
-    is_type_1_S = inputs.ids["task_id"].view(inputs.batch, -1)[:, 0] == 1
+    is_type_1_S = ids_S == 1
     in_first_half_E = torch.arange(experts, device=weights_TE.device) < experts // 2
     own_SE = is_type_1_S.unsqueeze(-1) == in_first_half_E
     scaled_SE = importance_SE * (1 + delta * (2 * own_SE.to(importance_SE.dtype) - 1))
-    counts_SE = real_T.view(inputs.batch, -1).any(-1, keepdim=True).expand_as(scaled_SE)
+    counts_SE = has_tokens_S.unsqueeze(-1).expand_as(scaled_SE)
     return cv_squared(scaled_SE.flatten(), counts_SE.flatten(), correction=1)

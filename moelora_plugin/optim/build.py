@@ -5,22 +5,19 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from ..errors import ConfigError
 from ..lookup import unknown_name_message
-from ..model import find_tuner
+from ..model import active_configs, use_gate_rescale
 from ..types import GateRescale
 from .engines import refuse_unsupported_engine
 from .groups import EXPERTS, GATES, Group, factors_of, parameter_groups
 from .in_backward import precondition_in_backward, remove_preconditioning
 from .riemannian import RiemannianAdamW, RiemannianSGD, check_damping, fuse_where_possible
-
-# Set on an adapter's config, no field of it: what this process has settled "auto" to.
-_SETTLED = "_gate_rescale_settled"
 
 # The paper's, which all but freezes the router.
 _GATE_LR = 3e-8
@@ -195,17 +192,10 @@ def _plain_groups(groups: list[Group], lora_plus_ratio: float) -> list[Group]:
 
 
 def _resolve_gate_rescale(model: nn.Module, name: str, mode: GateRescale) -> None:
-    tuner = find_tuner(model)
-    if tuner is None:
-        return
-    for adapter in tuner.active_adapters:
-        config = tuner.config_of(adapter)
+    for adapter, config in active_configs(model).items():
         chosen = config.gate_rescale
-        # "auto" stays "auto" for a further optimizer, though the config names what was used.
-        if chosen in ("auto", getattr(config, _SETTLED, None)):
-            tuner.set_gate_rescale(mode, adapter)
-            setattr(config, _SETTLED, mode)
-        elif chosen != mode:
+        use_gate_rescale(model, mode if chosen == "auto" else cast(GateRescale, chosen), adapter)
+        if chosen not in ("auto", mode):
             warnings.warn(
                 f"{name} stands for gate_rescale={mode!r}, but adapter {adapter!r} says "
                 f"{chosen!r}, which is used.",

@@ -4,9 +4,10 @@ A group is an ordinary dict of torch's with a `role`:
 
     experts   params A0, B0, A1, B1, ...; `ranks`, `scalings`, `shared` and `frozen` hold one entry
               per pair. A factor that the expert kind freezes ("a" or "b" in `frozen`) is not among
-              them: it is a buffer, which engines do not know as a parameter. Whoever takes its
+              them, since an engine would give it a gradient and moments. Whoever takes its
               partner's metric reads it from `frozen_factors`, which `take_frozen` moves out of the
-              group, since a state dict is no place for it
+              group, since a state dict is no place for it; nor for `names`, which all groups
+              have for messages, and `take_names` moves out
     gates     the routers' parameters; `max_grad_norm` clips their joint gradient
     other     expert tensors without a metric, biases, modules_to_save and the like; stepped
               without preconditioning
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
@@ -35,12 +36,13 @@ GATES = "gates"
 OTHER = "other"
 
 Group = dict[str, Any]
-Frozen = Literal["none", "a", "b"]
+# A parameter's place in the model and its name there, for messages.
+Name = tuple[int, str]
 
 
 @dataclass(frozen=True)
 class FrozenFactor:
-    """A buffer by its place, since moving a model to a device replaces buffers.
+    """A tensor by its place, since engines that shard or move a model replace its tensors.
 
     Attributes:
         module: what holds it.
@@ -51,7 +53,7 @@ class FrozenFactor:
     name: str
 
     def __call__(self) -> Tensor:
-        """The buffer as it is now."""
+        """The tensor as it is now."""
         return cast(Tensor, getattr(self.module, self.name))
 
 
@@ -75,6 +77,13 @@ def take_frozen(group: Group) -> list[FrozenFactor | None]:
                 "optim.groups.parameter_groups, which one optimizer can take."
             )
     return taken
+
+
+def take_names(group: Group) -> list[Name]:
+    """Move the parameters' names out of a group, which may say nothing of them."""
+    unnamed = [(i, f"parameter {i}") for i in range(len(group["params"]))]
+    names: list[Name] = group.pop("names", unnamed)
+    return names
 
 
 def pairs_of(module: nn.Module) -> list[ExpertPair]:
@@ -130,7 +139,7 @@ def parameter_groups(
     placed = [(module, pair) for module, pairs in pairs_by_module(model) for pair in pairs]
     pairs = [pair for _, pair in placed]
     gates = [p for layer in routed_layers(model).values() for p in layer.gate_parameters()]
-    experts = [p for pair in pairs for p in (pair.a, pair.b) if isinstance(p, nn.Parameter)]
+    experts = [p for pair in pairs for p in _trained(pair)]
     unpaired = [p for layer in moelora_layers(model).values() for p in layer.unpaired_parameters()]
     _refuse_uncovered(model, {id(p) for p in (*experts, *gates, *unpaired)})
     covered = {id(p) for p in (*experts, *gates)}
@@ -144,7 +153,7 @@ def parameter_groups(
             "ranks": [list(pair.ranks) for pair in pairs],
             "scalings": [pair.scaling for pair in pairs],
             "shared": [pair.shared for pair in pairs],
-            "frozen": [_frozen(pair) for pair in pairs],
+            "frozen": [pair.frozen for pair in pairs],
             "frozen_factors": [frozen_factor(module, pair) for module, pair in placed],
         },
         {
@@ -163,27 +172,27 @@ def parameter_groups(
         },
         {"params": [p for p in other if p.ndim <= 1], "role": OTHER, "lr": lr, "weight_decay": 0.0},
     ]
+    names = {id(p): (i, name) for i, (name, p) in enumerate(model.named_parameters())}
+    for group in groups:
+        group["names"] = [names[id(p)] for p in group["params"]]
     return [group for group in groups if group["params"]]
 
 
-def _frozen(pair: ExpertPair) -> Frozen:
-    """Which factor of a pair is a buffer."""
-    if isinstance(pair.a, nn.Parameter):
-        return "none" if isinstance(pair.b, nn.Parameter) else "b"
-    return "a"
+def _trained(pair: ExpertPair) -> list[Tensor]:
+    """The factors of a pair that train."""
+    return [f for side, f in (("a", pair.a), ("b", pair.b)) if side != pair.frozen]
 
 
 def frozen_factor(module: nn.Module, pair: ExpertPair) -> FrozenFactor | None:
     """Where the frozen factor of one of the module's pairs is; None where both train."""
-    side = _frozen(pair)
-    if side == "none":
+    if pair.frozen == "none":
         return None
-    factor = pair.a if side == "a" else pair.b
+    factor = pair.a if pair.frozen == "a" else pair.b
     return next(
         FrozenFactor(inner, name)
         for inner in module.modules()
-        for name, buffer in inner.named_buffers(recurse=False)
-        if buffer is factor
+        for name, parameter in inner.named_parameters(recurse=False)
+        if parameter is factor
     )
 
 

@@ -32,12 +32,14 @@ class PreconditioningHandle:
     def __init__(self) -> None:
         self._hooks: list[Any] = []
 
-    def _add(self, module: nn.Module, pair: ExpertPair, damping: float, scale: float) -> None:
+    def _add(
+        self, module: nn.Module, name: str, pair: ExpertPair, damping: float, scale: float
+    ) -> None:
         frozen = frozen_factor(module, pair)
         for side, learner, partner in (("a", pair.a, pair.b), ("b", pair.b, pair.a)):
             if learner.requires_grad:
                 source = partner if frozen is None else frozen
-                hook = _preconditioner(pair, side, source, damping, scale)
+                hook = _preconditioner(pair, name, side, source, damping, scale)
                 self._hooks.append(learner.register_hook(hook))
                 _HOOKED[learner] = self
         self._hooks.append(module.register_forward_pre_hook(_check_hooked))
@@ -76,10 +78,11 @@ def precondition_in_backward(
     refuse_unsupported_engine(model, in_backward=True)
     remove_preconditioning(model)
     handle = PreconditioningHandle()
+    names = {id(module): name for name, module in model.named_modules()}
     for module, pairs in pairs_by_module(model):
         for pair in pairs:
             scale = pair.scaling**-2 if scale_compensation else 1.0
-            handle._add(module, pair, damping, scale)
+            handle._add(module, names[id(module)], pair, damping, scale)
     return handle
 
 
@@ -91,7 +94,12 @@ def remove_preconditioning(model: nn.Module) -> None:
 
 
 def _preconditioner(
-    pair: ExpertPair, side: str, partner: Tensor | FrozenFactor, damping: float, scale: float
+    pair: ExpertPair,
+    name: str,
+    side: str,
+    partner: Tensor | FrozenFactor,
+    damping: float,
+    scale: float,
 ) -> Callable[[Tensor], Tensor]:
     """A tensor hook: the gradient of one factor, times the inverse metrics of its partner."""
     ranks, shared = pair.ranks, pair.shared
@@ -101,7 +109,10 @@ def _preconditioner(
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
             factor = partner() if isinstance(partner, FrozenFactor) else partner
             metric = metric_of(factor.detach(), side, ranks, shared)
-            (inverse,), escalated = damped_inverses([metric], damping)
+            try:
+                (inverse,), escalated = damped_inverses([metric], damping)
+            except FloatingPointError as error:
+                raise FloatingPointError(f"{error} Its layer is {name}.") from error
             warn_of_escalation(escalated, damping)
             return precondition(inverse * scale, grad, side, ranks, shared)
 

@@ -19,10 +19,19 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..ops.precondition import damped_inverses, metric_of, precondition
+from ..ops.sharded import sharded_like, whole
 from ..types import Shared
-from .groups import EXPERTS, GATES, FrozenFactor, Group, factors_of, take_frozen
+from .groups import (
+    EXPERTS,
+    GATES,
+    FrozenFactor,
+    Group,
+    Name,
+    factors_of,
+    take_frozen,
+    take_names,
+)
 from .resumed import refuse_other_options
-from .sharded import sharded_like, whole
 
 ORDERS = ("jacobi", "gauss_seidel")
 
@@ -142,6 +151,12 @@ def _portions(learners: Iterable[_Learner]) -> Iterator[list[_Learner]]:
         yield portion
 
 
+def _norm(group: Group) -> Tensor | None:
+    """The joint norm of a group's gradients; None where it has none."""
+    grads = [p.grad for p in group["params"] if p.grad is not None]
+    return whole(torch.nn.utils.get_total_norm(grads)) if grads else None
+
+
 class _Riemannian(torch.optim.Optimizer):
     """Preconditions the pairs of every `experts` group, clips every `gates` group, then steps.
 
@@ -150,6 +165,8 @@ class _Riemannian(torch.optim.Optimizer):
 
     # For each experts group, by its place among them, the frozen factor of each pair.
     _frozen_factors: list[list[FrozenFactor | None]]
+    # For each group, what its parameters are called.
+    _names: list[list[Name]]
 
     def _add_defaults(self, **options: Any) -> None:
         """Give every group our options, as torch's own constructors do with theirs."""
@@ -162,10 +179,12 @@ class _Riemannian(torch.optim.Optimizer):
         # claim this.
         self._step_supports_amp_scaling = False
         self._frozen_factors = [take_frozen(group) for group in self._expert_groups()]
+        self._names = [take_names(group) for group in self.param_groups]
         self._check_groups()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_frozen_factors": self._frozen_factors}
+        own = {"_frozen_factors": self._frozen_factors, "_names": self._names}
+        return {**super().__getstate__(), **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from the state of a run with the same optimizer.
@@ -199,6 +218,10 @@ class _Riemannian(torch.optim.Optimizer):
 
         Returns:
             What the closure returned, else None.
+
+        Raises:
+            FloatingPointError: a gradient or an expert's weights hold NaN or infinity; nothing has
+                moved. A loss scaler, whose scaled gradients may, does not come here then.
         """
         for group in self._expert_groups():
             _refuse_flattened(group)  # engines replace parameters after the constructor
@@ -206,13 +229,17 @@ class _Riemannian(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        norms = [_norm(group) for group in self.param_groups]
         experts = list(zip(self._expert_groups(), self._frozen_factors, strict=True))
         # Whatever is wrong with a metric shows before anything has moved.
         learners = [
             self._learners(group, frozen, ("a", "b") if group["order"] == "jacobi" else ("a",))
             for group, frozen in experts
         ]
-        with _gradients(self._clipped_gates()):
+        # Last, since an accelerator has been waited for by now.
+        if not all(norm is None or bool(norm.isfinite()) for norm in norms):
+            self._refuse_not_finite()
+        with _gradients(self._clipped_gates(norms)):
             self._torch_step([g for g in self.param_groups if g.get("role") != EXPERTS])
         for (group, _), mine in zip(experts, learners, strict=True):
             self._step_learners(group, mine)
@@ -225,15 +252,32 @@ class _Riemannian(torch.optim.Optimizer):
     def _expert_groups(self) -> list[Group]:
         return [group for group in self.param_groups if group.get("role") == EXPERTS]
 
-    def _clipped_gates(self) -> list[tuple[Tensor, Tensor]]:
+    def _refuse_not_finite(self) -> None:
+        """Name the gradient that is not finite; a norm alone may overflow.
+
+        Of several the one nearest to the model's end: a backward spreads NaN towards the beginning.
+        """
+        found = [
+            name
+            for group, names in zip(self.param_groups, self._names, strict=False)
+            for parameter, name in zip(group["params"], names, strict=False)
+            if parameter.grad is not None and not bool(whole(parameter.grad.isfinite().all()))
+        ]
+        if found:
+            _, name = max(found)
+            others = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+            raise FloatingPointError(
+                f"The gradient of {name}{others} is NaN or infinite, so this step was not taken; "
+                "lower the learning rate (lr), or train in a wider dtype."
+            )
+
+    def _clipped_gates(self, norms: Sequence[Tensor | None]) -> list[tuple[Tensor, Tensor]]:
         """Gradients of each gates group at no more than its norm (arXiv 2502.15828, 4.1: 1.0)."""
         clipped = []
-        for group in self.param_groups:
+        for group, norm in zip(self.param_groups, norms, strict=True):
             limit = group.get("max_grad_norm")
-            grads = [p.grad for p in group["params"] if p.grad is not None]
-            if group.get("role") != GATES or limit is None or not grads:
+            if group.get("role") != GATES or limit is None or norm is None:
                 continue
-            norm = torch.nn.utils.get_total_norm(grads)
             # The same coefficient as torch.nn.utils.clip_grad_norm_, not in place: the caller keeps
             # its gradients.
             scale = (limit / (norm + 1e-6)).clamp(max=1.0)
@@ -256,13 +300,16 @@ class _Riemannian(torch.optim.Optimizer):
                 learner, partner = (a, b) if side == "a" else (b, a)
                 if learner is None or learner.grad is None:
                     continue
-                buffer = frozen[i]
-                factor = partner if buffer is None else buffer()
+                constant = frozen[i]
+                factor = partner if constant is None else constant()
                 assert factor is not None
                 ranks, shared = group["ranks"][i], group["shared"][i]
                 found.append((i, learner, side, ranks, shared))
                 metrics.append(metric_of(whole(factor.detach()), side, ranks, shared))
-        inverses, escalated = damped_inverses(metrics, group["damping"])
+        try:
+            inverses, escalated = damped_inverses(metrics, group["damping"])
+        except FloatingPointError as error:
+            raise self._not_finite(group, metrics, found, error) from error
         warn_of_escalation(escalated, group["damping"])
         if group["scale_compensation"]:
             inverses = [
@@ -273,6 +320,18 @@ class _Riemannian(torch.optim.Optimizer):
             _Learner(learner, inverse, side, ranks, shared)
             for (_, learner, side, ranks, shared), inverse in zip(found, inverses, strict=True)
         ]
+
+    def _not_finite(
+        self, group: Group, metrics: Sequence[Tensor], found: Sequence[Any], error: Exception
+    ) -> Exception:
+        """The same error with the name of a factor whose partner broke its metric."""
+        places = {id(p): i for i, p in enumerate(group["params"])}
+        mine = next(g for g, other in enumerate(self.param_groups) if other is group)
+        for (_, learner, *_), metric in zip(found, metrics, strict=True):
+            if not bool(metric.isfinite().all()):
+                _, name = self._names[mine][places[id(learner)]]
+                return FloatingPointError(f"{error} Its pair is that of {name}.")
+        return error
 
     def _step_learners(self, group: Group, learners: list[_Learner]) -> None:
         """One step on the preconditioned gradients, a portion at a time; B at its LoRA+ rate."""

@@ -15,16 +15,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import ConfigError
+from ..frozen import KeepsFrozen
 from ..types import LayerPlan, Routing, Rows
 from .modifiers import RouterModifiers
 from .scores import Score
 from .scores.base import widened
 
 
-class Router(nn.Module, ABC):
+class Router(KeepsFrozen, ABC):
     """Logits -> gates, for one target module.
 
     The stages are `adjust`, `probabilities`, `preference` and `select`; most routers need the
@@ -34,7 +35,8 @@ class Router(nn.Module, ABC):
     Options are keyword-only parameters of the constructor and stand under `router_kwargs` in the
     configuration. Parameters, where there are any, are direct attributes (no submodules): PEFT
     strips the adapter's name from a state-dict key only where it is the last or the last but one
-    part (`moelora_router.<adapter>.<parameter>`).
+    part (`moelora_router.<adapter>.<parameter>`). Tensors that do not train are added by
+    `register_frozen`, never as buffers.
 
     What follows declares where a router is an exception; contract tests and docs read it.
 
@@ -126,7 +128,7 @@ class Router(nn.Module, ABC):
         scores_NE, extras = self.adjust(logits_NE, rows)
         all_NE = self.probabilities(scores_NE, rows)
         probs_NE = modifiers.on_probs(all_NE, rows)
-        bias_E = modifiers.bias()
+        bias_E = modifiers.selection_bias()
         if bias_E is None:
             preference_NE = self.preference(scores_NE, probs_NE, extras, rows)
         elif self.by_preference:

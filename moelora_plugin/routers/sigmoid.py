@@ -24,7 +24,7 @@ class SigmoidRouter(Router):
     read.
 
     The paper calls t learnable, but a comparison has no gradient and the reference code gives it
-    none: w and b stay where they were drawn, so here they are buffers. With `straight_through` they
+    none: w and b stay where they were drawn, so here they are frozen. With `straight_through` they
     train, the comparison's backward being that of s_i - t with respect to t.
 
     Poly (arXiv 2202.13914) divides s by its sum and, while training, draws s from a relaxed
@@ -76,7 +76,7 @@ class SigmoidRouter(Router):
                 if straight_through:
                     self.register_parameter(name, nn.Parameter(torch.empty(shape)))
                 else:
-                    self.register_buffer(name, torch.empty(shape))
+                    self.register_frozen(name, torch.empty(shape))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -24,7 +24,7 @@ from moelora_eval_tasks.catalog import resolve
 from .. import MoeLoraConfig
 from ..checkpoint import CONFIG_FILE, read_adapter_config, save_adapter
 from ..clusters import ClusterAssigner
-from ..errors import ConfigError
+from ..errors import ConfigError, first_line
 from ..files import refuse_existing, write_json, write_text
 from ..routers.scores.embedding import DEFAULT_NUM_IDS
 from ..run_guards import refuse_other_config
@@ -111,8 +111,9 @@ def train(
         eval_loss = trainer.evaluate()["eval_loss"] if evaluates else None
     except FloatingPointError as error:  # the optimizer raises it when a metric is not finite
         raise ConfigError(
-            f"Training diverged; lower optimizer.lr ({recipe.optimizer.lr:g}), raise "
-            f"optimizer.damping ({recipe.optimizer.damping:g}) or choose a wider model.dtype."
+            f"Training diverged ({first_line(error)}); lower optimizer.lr "
+            f"({recipe.optimizer.lr:g}), raise optimizer.damping ({recipe.optimizer.damping:g}) or "
+            "choose a wider model.dtype."
         ) from error
     finally:
         if arguments.should_save:

@@ -98,7 +98,7 @@ def test_optimizer_names_that_cannot_be_registered(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("moelora_plugin.registration.register_optimizers", fail)
     finding = found("optimizers")
     assert (finding.status, finding.detail) == ("missing", "no table of optimizers")
-    assert finding.remedy == "pip install 'transformers>=5.6,<=5.23'"
+    assert finding.remedy == "pip install 'transformers>=5.6,<=5.24'"
     assert found("Trainer").status == "missing"
     assert "no table of optimizers" in found("Trainer").detail
 
@@ -135,7 +135,7 @@ def test_a_host_of_a_tested_version(name: str) -> None:
         ("ms-swift", "ms-swift", "5.0", "ms-swift==4.6.0"),
         ("TRL", "trl", "0.28.9", "trl>=0.29,<=1.16"),
         ("TRL", "trl", "1.17.0", "trl>=0.29,<=1.16"),
-        ("Trainer", "transformers", "5.5.0", "transformers>=5.6,<=5.23"),
+        ("Trainer", "transformers", "5.5.0", "transformers>=5.6,<=5.24"),
     ],
 )
 def test_a_host_of_another_version(

@@ -250,7 +250,7 @@ def test_optimizers(adapted, optimizer, name):
     assert (experts["weight_decay"], gates["weight_decay"]) == (0.1, 0.0)
     if options:
         assert (experts["betas"], experts["eps"]) == ((0.8, 0.95), 1e-7)
-    assert model.peft_config["default"].gate_rescale == ("sqrt" if name[0] == "g" else "none")
+    assert model.peft_config["default"].gate_rescale_used == ("sqrt" if name[0] == "g" else "none")
 
 
 @pytest.mark.parametrize(

@@ -111,14 +111,13 @@ def assert_equal(found, expected):
 
 
 @every_kind
-def test_shapes_match_the_tensors_and_only_what_is_not_frozen_is_a_parameter(case):
+def test_shapes_match_the_tensors_and_only_what_is_not_frozen_trains(case):
     model = adapted(case, fresh=True)
     for layer in moelora_layers(model).values():
         kind = layer.moelora_mixture["default"].experts
         tensors = layer.tensors()
         assert {name: tuple(t.shape) for name, t in tensors.items()} == kind.shapes()
         for name, tensor in tensors.items():
-            assert isinstance(tensor, nn.Parameter) == (name not in kind.frozen), name
             assert tensor.requires_grad == (name not in kind.frozen), name
 
 

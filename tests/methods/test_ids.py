@@ -125,6 +125,30 @@ def test_a_cache_that_does_not_tell_is_no_beginning():
     assert read(input_ids=torch.ones(1, 4), past_key_values=(1, 2)).begins is None
 
 
+def test_some_sequences_of_a_call_are_a_call_of_their_own():
+    """For a layer that gets the rows of one adapter of several."""
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1], [1, 1, 0]])
+    labels = torch.tensor([[-100, -100, 5], [-100, 6, 7], [-100, 5, -100]])
+    ids = {"task_id": torch.tensor([3, 4, 5]), "cluster_id": torch.tensor(7)}
+    call = read(input_ids=mask, attention_mask=mask, labels=labels, ids=ids)
+    some = call.rows([2, 0])
+    assert some.shape == (2, 3)
+    assert some.real_BS.tolist() == [[True, True, False], [False, True, True]]
+    assert some.prompt_BS.tolist() == [[True, False, False], [False, True, False]]
+    assert some.ids["task_id"].tolist() == [5, 3]
+    assert some.ids["cluster_id"].tolist() == 7
+    assert (some.past, some.is_training) == (call.past, call.is_training)
+    # Layers know by the object that they are in one call; what is kept lives on in the next one.
+    assert call.rows(range(2, -1, -2)) is some is not call.rows([0, 2])
+    assert some.kept is call.kept
+    assert some.rows([1]).real_BS.tolist() == [[False, True, True]]
+
+
+def test_some_sequences_of_a_call_that_says_nothing():
+    some = read().rows([1])
+    assert (some.shape, some.real_BS, some.prompt_BS, some.ids) == (None, None, None, {})
+
+
 # Ids
 
 

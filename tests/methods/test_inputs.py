@@ -331,9 +331,19 @@ def test_tokens_that_are_no_sequences_are_refused(name):
 
 def test_an_image_s_patches_have_no_mask():
     call = Call(shape=(2, 5), real_BS=torch.zeros(2, 5).bool())
-    assert INPUTS["sequence"]().rows(X, call).x.tolist() == X.mean(1).tolist()
+    found = INPUTS["sequence"]().rows(X, call.seen_by("", X))
+    assert found.x.tolist() == X.mean(1).tolist()
     with pytest.raises(ConfigError, match="exclude_modules"):
         INPUTS["prompt"]().rows(X, call)
+
+
+def test_padding_that_a_layer_s_tokens_do_not_show_is_refused():
+    """A model may pool, pad or subsample its tokens, and the mask is that of its arguments."""
+    every = torch.ones(2, 5).bool()
+    whole = INPUTS["sequence"]().rows(X, Call(shape=(2, 5), real_BS=every))
+    assert whole.x.tolist() == X.mean(1).tolist()
+    with pytest.raises(ConfigError, match="exclude_modules"):
+        INPUTS["sequence"]().rows(X, Call(shape=(2, 5), real_BS=every & (X.new_zeros(2, 5) > 0)))
 
 
 def test_ids_need_layers_that_see_their_sequences():

@@ -398,13 +398,15 @@ def test_what_is_not_there_is_asked_for(name):
 
 
 @ALL
-def test_every_parameter_learns_and_no_buffer(name):
-    score, (rows, a) = make(name), everything()
+def test_every_parameter_learns_unless_it_is_frozen(name):
+    score, (rows, a) = make(name).requires_grad_(True), everything()
     value = score(rows, a)
     if value.requires_grad:
         (value * torch.randn_like(value)).sum().backward()
-    assert all(p.grad is not None and p.grad.any() for p in score.parameters())
-    assert not any(buffer.requires_grad for buffer in score.buffers())
+    for key, parameter in score.named_parameters():
+        assert parameter.requires_grad == (key not in score.frozen_names)
+        assert not parameter.requires_grad or parameter.grad.any(), key
+    assert not list(score.buffers())
 
 
 @ALL
@@ -560,8 +562,11 @@ def test_dropout_is_on_in_training_only():
 
 
 def test_prototypes_are_frozen_unless_they_train():
-    assert [*dict(make("prototype").named_buffers())] == ["prototypes"]
-    assert [*dict(make("prototype", trainable=True).named_parameters())] == ["prototypes"]
+    for trainable in (False, True):
+        score = make("prototype", trainable=trainable).requires_grad_(True)
+        assert {name: p.requires_grad for name, p in score.named_parameters()} == {
+            "prototypes": trainable
+        }
 
 
 def test_prototypes_follow_the_experts():

@@ -215,7 +215,7 @@ def test_generation_with_a_cache_reads_the_same_as_without(site):
 
 @every_site
 def test_bf16_bases_keep_the_adapter_in_fp32(site):
-    """Frozen experts too, which are buffers."""
+    """Frozen experts too."""
     config = config_for(site, expert="frozen_sparse_a")
     model = get_peft_model(tiny_llama().to(torch.bfloat16), config)
     tensors = [(n, t) for n, t in model.state_dict().items() if "moelora_" in n]

@@ -12,7 +12,7 @@ from torch import nn
 
 from moelora_plugin import MoeLoraConfig, RiemannianAdamW, RiemannianSGD, build_optimizer
 from moelora_plugin.errors import ConfigError
-from moelora_plugin.model import find_tuner, moelora_layers
+from moelora_plugin.model import moelora_layers
 from moelora_plugin.optim import OPTIMIZERS
 
 
@@ -99,15 +99,18 @@ def test_auto_is_settled_anew_by_every_optimizer(tmp_path):
     model = mixture()
     for name, mode in (("gradamw", "sqrt"), ("rsgd", "none"), ("grsgd", "sqrt")):
         build_optimizer(model, name)  # warnings are errors here
-        assert model.peft_config["default"].gate_rescale == mode
+        assert model.peft_config["default"].gate_rescale == "auto"  # what was asked for
+        assert model.peft_config["default"].to_dict()["gate_rescale"] == mode
         for layer in moelora_layers(model).values():
             assert layer.moelora_gate_rescale["default"] == mode
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["gate_rescale"] == "sqrt"
     # What a file or a caller names is explicit.
-    find_tuner(model).set_gate_rescale("exact", "default")
+    model.peft_config["default"].gate_rescale = "exact"
     with pytest.warns(UserWarning, match="adapter 'default' says 'exact', which is used"):
         build_optimizer(model, "gradamw")
+    for layer in moelora_layers(model).values():
+        assert layer.moelora_gate_rescale["default"] == "exact"
     loaded = PeftModel.from_pretrained(tiny_llama(hidden=16), tmp_path, is_trainable=True)
     with pytest.warns(UserWarning, match="adapter 'default' says 'sqrt', which is used"):
         build_optimizer(loaded, "radamw")
@@ -121,8 +124,8 @@ def test_only_the_active_adapter_is_settled_and_trained():
     model = mixture()
     model.add_adapter("second", MoeLoraConfig(num_experts=2, top_k=1, target_modules=["q_proj"]))
     optimizer = build_optimizer(model, "gradamw")
-    assert model.peft_config["default"].gate_rescale == "sqrt"
-    assert model.peft_config["second"].gate_rescale == "auto"
+    assert model.peft_config["default"].gate_rescale_used == "sqrt"
+    assert model.peft_config["second"].gate_rescale_used is None
     assert not [
         n for group in optimizer.param_groups for n in names_of(model, group) if "second" in n
     ]

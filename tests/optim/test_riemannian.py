@@ -550,3 +550,66 @@ def test_a_copy_of_the_optimizer_steps_like_the_original():
             loss_of(each, seed=step).backward()
             stepper.step()
     assert all(torch.equal(v, values(both[1][0])[n]) for n, v in values(model).items())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("part", ["moelora_A", "moelora_B", "moelora_gate"])
+@pytest.mark.parametrize("name", ["rsgd", "gradamw"])
+def test_a_gradient_that_is_not_finite_stops_the_step_and_is_named(name, part, value):
+    """One entry in one layer: nothing moves, where all gates or an expert became NaN."""
+    model = mixture()
+    optimizer = build_optimizer(model, name, lr=0.1, gate_lr=0.1)
+    loss_of(model).backward()
+    broken = [n for n in trainable(model) if part in n][1]
+    trainable(model)[broken].grad.view(-1)[3] = value
+    before = values(model)
+    with pytest.raises(FloatingPointError) as caught:
+        optimizer.step()
+    assert f"The gradient of {broken} is NaN or infinite" in str(caught.value)
+    assert all(torch.equal(v, before[n]) for n, v in values(model).items())
+    for parameter in trainable(model).values():
+        parameter.grad.nan_to_num_(posinf=0.0)
+    optimizer.step()
+    assert all(v.isfinite().all() for v in values(model).values())
+
+
+def test_of_several_broken_gradients_the_one_nearest_to_the_loss_is_named():
+    model = mixture()
+    optimizer = build_optimizer(model, "radamw")
+    loss_of(model).backward()
+    experts = [n for n in trainable(model) if "moelora_A" in n or "moelora_B" in n]
+    for n in experts:
+        trainable(model)[n].grad.fill_(float("nan"))
+    more = len(experts) - 1
+    with pytest.raises(FloatingPointError, match=rf"{experts[-1]} \(and {more} more\)"):
+        optimizer.step()
+
+
+def test_a_norm_that_overflows_is_no_broken_gradient():
+    model = mixture().float()
+    optimizer = build_optimizer(model, "rsgd", lr=1e-3, gate_lr=1e-3)
+    loss_of(model).backward()
+    for parameter in trainable(model).values():
+        parameter.grad.fill_(1e20)  # whose square is infinite
+    optimizer.step()
+    assert all(v.isfinite().all() for v in values(model).values())
+
+
+def test_a_loss_scaler_skips_the_step_itself():
+    model = mixture().float()
+    optimizer = build_optimizer(model, "gradamw", lr=0.1, gate_lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    scaler.scale(loss_of(model)).backward()
+    next(iter(trainable(model).values())).grad[0, 0] = float("inf")
+    before = values(model)
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 2.0**9
+    assert all(torch.equal(v, before[n]) for n, v in values(model).items())
+
+
+def test_names_are_no_part_of_what_is_saved():
+    optimizer = build_optimizer(mixture(), "radamw")
+    assert all("names" not in group for group in optimizer.state_dict()["param_groups"])
+    copied = copy.deepcopy(optimizer)
+    assert copied._names == optimizer._names

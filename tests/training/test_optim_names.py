@@ -76,7 +76,7 @@ def optimizer(tmp_path: Path, **given: Any) -> torch.optim.Optimizer:
     model = get_peft_model(tiny_llama(), config)
     created = Trainer(model=model, args=arguments(tmp_path, **given)).create_optimizer()
     modes = {"rsgd": "none", "radamw": "none", "grsgd": "sqrt", "gradamw": "sqrt"}
-    assert model.peft_config["default"].gate_rescale == modes[given["optim"]]
+    assert model.peft_config["default"].gate_rescale_used == modes[given["optim"]]
     return created
 
 

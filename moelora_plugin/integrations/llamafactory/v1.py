@@ -22,7 +22,7 @@ from ...checkpoint import read_adapter_config, resolve_adapter, verify_weights
 from ...config import PEFT_TYPE, MoeLoraConfig
 from ...errors import ConfigError, ExportError, MissingDependencyError
 from ...hf_trainer import optimizer_arguments
-from ...model import find_tuner
+from ...model import active_configs, find_tuner
 from ...optim import OPTIMIZERS, RiemannianAdamW, build_optimizer
 from ..options import adapter_config, refuse_disagreement
 
@@ -107,7 +107,7 @@ def register_trainer() -> None:
             refuse_other_checkpoint(trainer)
             callbacks = trainer.callback_handler.callbacks
             callbacks.append(guard_callback())
-            if any(tuner.config_of(a).aux_losses for a in tuner.active_adapters):
+            if any(config.aux_losses for config in active_configs(trainer.model).values()):
                 callbacks.insert(0, aux_loss_callback(tuner))  # before that which writes the log
         return fit(trainer, *args, **keywords)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ...call import Call
+from ...call.reading import cache_among, named_arguments
 from ...config import MoeLoraConfig
 from ...errors import ConfigError
 from ...routers import Router
@@ -188,7 +189,15 @@ class _TwoPasses:
             hidden_BSH = _last_hidden_states(module, args, kwargs)
         finally:
             shared.is_first_pass = False
-        self._decisions[shared.call.call] = self._route(hidden_BSH)
+        call = shared.call.call
+        if self.owner.stream != shared.call.decoder:
+            raise _other_tokens()
+        if shared.mixed is None:
+            self._decisions[call] = self._route(hidden_BSH)
+            return
+        index = shared.mixed.groups(len(hidden_BSH))[self.adapter]
+        with shared.mixed.rows(index):
+            self._decisions[shared.call.call] = self._route(hidden_BSH[index])
 
     def _is_on(self, module: nn.Module) -> bool:
         """Whether this adapter acts in the call; hooks outlive adapters that are taken out."""
@@ -197,7 +206,7 @@ class _TwoPasses:
         return (
             isinstance(source, _ModelGates)
             and source.passes is self
-            and self.adapter in owner.active_adapters
+            and self.adapter in owner.acting_adapters
             and not owner.disable_adapters
             and not owner.merged
             and any(part is owner for part in module.modules())
@@ -213,7 +222,7 @@ class _TwoPasses:
             inputs = owner.loss_input(routing, hidden_BSH)
         else:
             routing = self._route_layerwise(hidden_BSH)
-            real_T = owner.shared.call.call.real_T
+            real_T = owner.view(owner.shared.call.call, hidden_BSH).real_T
             inputs = replace(
                 owner.loss_input(routing, hidden_BSH), real=_repeat(real_T, self.layers)
             )
@@ -224,7 +233,8 @@ class _TwoPasses:
         owner, adapter, layers = self.owner, self.adapter, self.layers
         router = cast(Router, owner.moelora_router[adapter])
         modifiers = cast(RouterModifiers, owner.moelora_modifiers[adapter])
-        rows = owner.moelora_input[adapter].rows(hidden_BSH, owner.shared.call.call)
+        view = owner.view(owner.shared.call.call, hidden_BSH)
+        rows = owner.moelora_input[adapter].rows(hidden_BSH, view)
 
         def score(given: Rows, a: Tensor | None) -> Tensor:
             own = replace(rows, x=given.x)  # as modifiers have it
@@ -265,11 +275,14 @@ class _ModelGates(GateSource):
             dtype = torch.promote_types(x.dtype, torch.float32)
             shape = (tokens, passes.num_experts)
             return x.new_full(shape, passes.scaling_pass_value, dtype=dtype)
+        call = linear.shared.call.call
+        if linear.stream != linear.shared.call.decoder or call.is_memory(linear.stream, x):
+            raise _other_tokens()
         if passes.layers:
             index = torch.arange(self.index, len(routing.weights), passes.layers)
             routing = routing.rows(index.to(routing.weights.device))
         if linear.record_routing and (passes.layers or linear is passes.owner):
-            linear.last_routing[adapter] = routing.detach()
+            linear.record(adapter, routing, linear.view(call, x).real_among(x.shape[:-1]))
         if len(routing.weights) != tokens:
             raise ConfigError(
                 f"site='model' decides about the model's {len(routing.weights)} tokens, but a "
@@ -294,9 +307,8 @@ def _last_hidden_states(module: nn.Module, args: Any, kwargs: dict[str, Any]) ->
     Raises:
         ConfigError: a cache is in use, or the model has no such output.
     """
-    names = inspect.signature(module.forward).parameters
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    if given.get("use_cache") or given.get("past_key_values") is not None:
+    given = named_arguments(module, args, kwargs)
+    if given.get("use_cache") or cache_among(given) is not None:
         raise ConfigError(
             "site='model' reads all tokens twice, which a cache of the past rules out; pass "
             "use_cache=False (also to generate)."
@@ -316,6 +328,14 @@ def _last_hidden_states(module: nn.Module, args: Any, kwargs: dict[str, Any]) ->
             f"{type(body).__name__} does not; set site to 'linear'."
         )
     return cast(Tensor, hidden)
+
+
+def _other_tokens() -> ConfigError:
+    return ConfigError(
+        "site='model' decides about the tokens of the model's text decoder, and a target module "
+        "sees others (an encoder's, an image's); take it out of target_modules, or set site to "
+        "'linear'."
+    )
 
 
 def _hidden_size(model: nn.Module) -> int:

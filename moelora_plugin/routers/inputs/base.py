@@ -24,9 +24,11 @@ class RouterInput(ABC):
 
     Attributes:
         by_token: whether the rows are the layer's tokens as they come.
+        decides_over_sequence: whether a decision needs to see its sequence as a whole.
     """
 
     by_token = False
+    decides_over_sequence = False
 
     @abstractmethod
     def rows(self, x: Tensor, call: Call) -> Rows:

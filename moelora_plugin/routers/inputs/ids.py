@@ -34,7 +34,7 @@ class IdInput(RouterInput):
         self.default = default
 
     def rows(self, x: Tensor, call: Call) -> Rows:
-        """One row per sequence, or one for all.
+        """One row per sequence (of those packed into a row, each), or one for all.
 
         Raises:
             ConfigError: the call has no ids, or tokens that are not those of its sequences.
@@ -48,6 +48,11 @@ class IdInput(RouterInput):
             )
         ids_N = ids.reshape(-1).to(x.device)
         tokens = x.shape[:-1].numel()
+        documents = call.documents if ids.ndim else None
+        if documents is not None and len(documents.of_T) == tokens:
+            # `read_call` has seen to it that there is one for each.
+            of_T = documents.of_T.to(x.device)
+            return Rows(x=None, ids=ids_N, batch=documents.count, row_of_token=of_T)
         if ids.ndim and not self._has_sequences(x, call, len(ids)):
             raise ConfigError(
                 f"router_input={self.key!r} has ids of {len(ids)} sequences, and a layer got an "

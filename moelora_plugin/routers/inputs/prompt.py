@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...call import Call
+from ...call.view import running
 from ...errors import ConfigError
 from .pooling import PooledInput
 
@@ -16,10 +17,12 @@ from .pooling import PooledInput
 class PromptInput(PooledInput):
     """Rows are sequences, pooled over their prompts (MiLoRA, prompt-aware routing).
 
-    In training the prompt is what stands before the first label that counts, in a generation all
-    real positions of its first call; a sequence that is all answer is decided about by its first
-    real token. Without labels and without a cache, all real positions are taken for the prompt:
-    so is the candidate answer when an evaluation scores log-likelihoods, except its last token.
+    In training the prompt is what stands before the first label that counts, in a generation what
+    `generate` was given; a sequence that is all answer is decided about by its first real token.
+    Behind an encoder the prompt is what the encoder reads, and for the decoder's own tokens what
+    the answer starts with. Without labels and outside of `generate`, all real positions are taken
+    for the prompt: so is the candidate answer when an evaluation scores log-likelihoods, except its
+    last token.
     """
 
     key = "prompt"
@@ -45,5 +48,6 @@ class PromptInput(PooledInput):
                 )
             return call.real_BS
         real_BS = torch.ones_like(call.prompt_BS) if call.real_BS is None else call.real_BS
-        first_BS = real_BS & (real_BS.cumsum(1) == 1)
-        return call.prompt_BS | (first_BS & ~call.prompt_BS.any(1, keepdim=True))
+        # The first real token of each sequence: where there is a prompt, it is part of it.
+        first_BS = real_BS & (running(real_BS, call.starts_BS) == 1)
+        return call.prompt_BS | first_BS

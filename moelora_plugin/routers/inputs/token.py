@@ -20,5 +20,5 @@ class TokenInput(RouterInput):
     def rows(self, x: Tensor, call: Call) -> Rows:
         """One row per token."""
         x_TI = x.reshape(-1, x.shape[-1])
-        real = call.real_among(x_TI.shape[0])
+        real = call.real_among(x.shape[:-1])
         return Rows(x=x_TI, real=real, batch=x.shape[0] if x.ndim == 3 else 1)

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, distributed, nn
 
+from ...ops.sharded import sharded_like, whole
 from ...types import LayerPlan, Rows
 from .base import Modifier, number_in, options_of
 
@@ -54,11 +55,11 @@ class BalanceBias(Modifier):
         self.calls = 0
         self.load_E: Tensor | None = None
 
-    def buffers(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """How often each expert's bias has moved up, less how often down."""
         return {"balance_moves": torch.zeros(self.plan.num_experts, dtype=torch.long)}
 
-    def bias(self, state: nn.Module) -> Tensor | None:
+    def selection_bias(self, state: nn.Module) -> Tensor | None:
         """Rate times moves."""
         return self.rate * _moves(state)
 
@@ -78,14 +79,17 @@ class BalanceBias(Modifier):
         self.calls += 1
         if not due:
             return
-        moves_E = _moves(state)
+        state_E = _moves(state)
+        moves_E = whole(state_E)  # FSDP2 shards it between the layers' forwards
         # All processes come here, those that counted nothing as well.
         load_E = torch.zeros_like(moves_E) if self.load_E is None else self.load_E
         self.load_E = None
         if distributed.is_available() and distributed.is_initialized():
             distributed.all_reduce(load_E)
         # The sign of the mean less the load, in whole numbers.
-        moves_E += torch.sign(load_E.sum() - self.plan.num_experts * load_E)
+        moves_E = moves_E + torch.sign(load_E.sum() - self.plan.num_experts * load_E)
+        with torch.no_grad():
+            state_E.copy_(sharded_like(moves_E, state_E))
 
 
 def _moves(state: nn.Module) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ...errors import ConfigError
+from ...frozen import KeepsFrozen
 from ...lookup import unknown_key_message
 from ...types import LayerPlan, Rows
 
@@ -37,12 +38,12 @@ class Modifier:
     def __init__(self, value: Any, plan: LayerPlan) -> None:
         self.plan = plan
 
-    def buffers(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """State that is saved with the adapter but not trained, by name."""
         return {}
 
     def on_input(self, rows: Rows, state: nn.Module) -> Rows:
-        """Before the score. `state` holds the buffers as attributes, and `training`."""
+        """Before the score. `state` holds the tensors as attributes, and `training`."""
         return rows
 
     def on_logits(self, logits_NE: Tensor, rows: Rows, state: nn.Module) -> Tensor:
@@ -53,7 +54,7 @@ class Modifier:
         """Between the router's probabilities and its selection; 0 takes an expert out of it."""
         return probs_NE
 
-    def bias(self, state: nn.Module) -> Tensor | None:
+    def selection_bias(self, state: nn.Module) -> Tensor | None:
         """What is added to the logits (E,) for the selection alone; None for nothing."""
         return None
 
@@ -62,22 +63,22 @@ class Modifier:
         return weights_NE
 
     def before_call(self, state: nn.Module) -> None:
-        """Before each training call of the model: the place to change buffers.
+        """Before each training call of the model: the place to change tensors.
 
         A forward must not change them, since its recomputation under activation checkpointing has
         to see the same.
         """
 
 
-class RouterModifiers(nn.Module):
+class RouterModifiers(KeepsFrozen):
     """The modifiers of one layer and adapter, applied in the order of the configuration."""
 
     def __init__(self, modifiers: Sequence[Modifier]) -> None:
         super().__init__()
         self.modifiers = tuple(modifiers)
         for modifier in self.modifiers:
-            for name, tensor in modifier.buffers().items():
-                self.register_buffer(name, tensor)
+            for name, tensor in modifier.tensors().items():
+                self.register_frozen(name, tensor)
 
     def __bool__(self) -> bool:
         return bool(self.modifiers)
@@ -110,11 +111,11 @@ class RouterModifiers(nn.Module):
             probs_NE = modifier.on_probs(probs_NE, rows, self)
         return probs_NE
 
-    def bias(self) -> Tensor | None:
+    def selection_bias(self) -> Tensor | None:
         """See `Modifier`; several add up."""
         total_E: Tensor | None = None
         for modifier in self.modifiers:
-            bias_E = modifier.bias(self)
+            bias_E = modifier.selection_bias(self)
             if bias_E is not None:
                 total_E = bias_E if total_E is None else total_E + bias_E
         return total_E

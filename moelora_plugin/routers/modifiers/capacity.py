@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError
-from ...types import LayerPlan, Rows
+from ...types import Documents, LayerPlan, Rows
 from .base import Modifier, number_in, options_of
 
 
@@ -64,12 +64,25 @@ class Capacity(Modifier):
         if real_N is None:
             real_N = torch.ones_like(weights_NE[:, 0], dtype=torch.bool)
         selected_NE = (weights_NE != 0) & real_N.unsqueeze(-1)
+        if rows.documents is not None:
+            return weights_NE * self._room_in_documents(selected_NE, real_N, rows.documents)
         place_BSE = selected_NE.unflatten(0, (rows.batch, -1)).long().cumsum(1)
+        count_B = real_N.unflatten(0, (rows.batch, -1)).sum(-1)
+        room_BSE = place_BSE <= self._capacity(count_B)[:, None, None]
+        return weights_NE * room_BSE.flatten(0, 1).to(weights_NE.dtype)
+
+    def _capacity(self, count_B: Tensor) -> Tensor:
+        """How many rows an expert takes of a sequence that has so many."""
         if self.factor is None:
-            capacity_B = place_BSE.new_full((rows.batch,), self.tokens)
-        else:
-            count_B = real_N.unflatten(0, (rows.batch, -1)).sum(-1)
-            share = self.factor * self.plan.top_k / self.plan.num_experts
-            capacity_B = (share * count_B).ceil()
-        room_NE: Tensor = (place_BSE <= capacity_B[:, None, None]).flatten(0, 1)
-        return weights_NE * room_NE.to(weights_NE.dtype)
+            return torch.full_like(count_B, self.tokens)
+        return (self.factor * self.plan.top_k / self.plan.num_experts * count_B).ceil()
+
+    def _room_in_documents(
+        self, selected_NE: Tensor, real_N: Tensor, documents: Documents
+    ) -> Tensor:
+        """The same for sequences of different lengths, one after the other."""
+        of_N, chosen_NE = documents.of_T, selected_NE.long()
+        place_NE = chosen_NE.cumsum(0)
+        place_NE = place_NE - (place_NE - chosen_NE)[documents.first_D][of_N]
+        count_D = of_N[real_N].bincount(minlength=documents.count)
+        return place_NE <= self._capacity(count_D)[of_N].unsqueeze(-1)

@@ -13,14 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError
+from ...frozen import KeepsFrozen
 from ...types import LayerPlan, Rows
 
 
-class Score(nn.Module, ABC):
+class Score(KeepsFrozen, ABC):
     """Rows -> logits (N, E), for one target module.
 
     Options are keyword-only parameters of the constructor and stand under `router_score_kwargs`.
-    Parameters are direct attributes (no submodules), as a router's.
+    Parameters are direct attributes (no submodules), as a router's; tensors that do not train are
+    added by `register_frozen`.
 
     Attributes:
         reads_input: whether the logits depend on `rows.x`.

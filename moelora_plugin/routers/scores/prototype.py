@@ -30,7 +30,7 @@ class PrototypeScore(Score):
             the standard deviation. PHATGOOSE (arXiv 2402.05859), where v_i is the gate that was
             trained for expert i alone.
 
-    Frozen prototypes are a buffer: saved, not trained. Taking the experts as initial values
+    Frozen prototypes are saved, not trained. Taking the experts as initial values
     (`init="adapters"`) fills them with Arrow's vectors, by an exact decomposition of size r where
     PEFT's Arrow takes 15 power iterations; a host that has prototypes of its own (PHATGOOSE's
     gates) copies them into `moelora_gate.<adapter>.prototypes`.
@@ -57,7 +57,7 @@ class PrototypeScore(Score):
         if trainable:
             self.prototypes = nn.Parameter(prototypes)
         else:
-            self.register_buffer("prototypes", prototypes)
+            self.register_frozen("prototypes", prototypes)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -24,7 +24,7 @@ class StaticScore(Score):
         in_features: I, not read.
         plan: the layer's experts.
         value: of every logit at first.
-        trainable: learn them; else they are a buffer.
+        trainable: learn them; else they stay as they are.
     """
 
     reads_input = False
@@ -43,7 +43,7 @@ class StaticScore(Score):
         if trainable:
             self.logits = nn.Parameter(logits)
         else:
-            self.register_buffer("logits", logits)
+            self.register_frozen("logits", logits)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
