@@ -51,6 +51,8 @@ class MoeLoraModel(BaseTuner):
         # added without a PeftModel, each comes with a tuner of its own.
         self.shared = next((layer.shared for layer in routed_layers(model).values()), Shared())
         self._sites: dict[str, Site] = {}
+        # The modules of an adapter that is injected by the keys of a state dict.
+        self._from_state_dict: set[str] | None = None
         super().__init__(model, *args, **kwargs)
 
     @property
@@ -78,9 +80,17 @@ class MoeLoraModel(BaseTuner):
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
         """PEFT's own; then what the adapter's layers share is set up."""
+        config = self.config_of(adapter_name)
+        if not (config.from_file or config.inference_mode):
+            _refuse_pattern_alone(config)
+        state_dict = kwargs.get("state_dict")
+        self._from_state_dict = None
+        if state_dict is not None:
+            keys = (key.rsplit(f".{self.prefix}", 1)[0] for key in state_dict)
+            self._from_state_dict = {_own_name(key) for key in keys}
         tuned = [n for n, m in model.named_modules() if isinstance(m, RoutedLayer)]
         self._places = places(
-            name
+            _own_name(name)
             for name, _ in model.named_modules()
             if name and not any(name.startswith(f"{inside}.") for inside in tuned)
         )
@@ -125,7 +135,7 @@ class MoeLoraModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         assert isinstance(peft_config, MoeLoraConfig)
-        place = self._places[current_key]
+        place = self._places[_own_name(current_key)]
         plan = with_options(
             "allocation_kwargs",
             lookup("allocations", peft_config.allocation, ALLOCATIONS),
@@ -151,7 +161,11 @@ class MoeLoraModel(BaseTuner):
             targets = [
                 place
                 for name, place in self._places.items()
-                if self._check_target_module_exists(config, name)
+                if (
+                    self._check_target_module_exists(config, name)
+                    if self._from_state_dict is None
+                    else name in self._from_state_dict
+                )
             ]
             if not (config.inference_mode or config.from_file):
                 with_options(
@@ -167,6 +181,22 @@ class MoeLoraModel(BaseTuner):
                 targets,
             )
         return self._sites[adapter]
+
+    def config_of(self, adapter: str) -> MoeLoraConfig:
+        """The adapter's configuration."""
+        return cast(MoeLoraConfig, self.peft_config[adapter])
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: mixtures are no weights that could be added.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            "add_weighted_adapter adds up weights, and the gates of these adapters follow the "
+            "input, so no adapter is their sum; have several act at once by "
+            "base_model.set_adapter([...]), or answer each sequence by its own with adapter_names."
+        )
 
     def delete_adapter(self, adapter_name: str) -> None:
         """PEFT's own; then blocks without adapters leave their modules."""
@@ -288,6 +318,19 @@ def _refuse_nesting(model: nn.Module) -> None:
             "would be saved and trained wrongly; put it beside the adapter that is there with "
             "`model.add_adapter(name, config)` or `model.load_adapter(folder, name)`, or first "
             "take that out with `merge_and_unload()` or `unload()`."
+        )
+
+
+def _own_name(name: str) -> str:
+    """A module's name without what torch.compile puts before it."""
+    return name.removeprefix("_orig_mod.")
+
+
+def _refuse_pattern_alone(config: MoeLoraConfig) -> None:
+    if config.layers_pattern and config.layers_to_transform is None:
+        raise ConfigError(
+            f"layers_pattern={config.layers_pattern!r} says where the layers of "
+            "layers_to_transform are, which is not set; set it, or leave layers_pattern out."
         )
 
 

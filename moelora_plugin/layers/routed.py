@@ -59,6 +59,9 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         "moelora_decision",
     )
 
+    # What `peft.helpers.disable_input_dtype_casting` switches.
+    cast_input_dtype_enabled = True
+
     def __init__(self, shared: Shared) -> None:
         super().__init__()
         self.shared = shared

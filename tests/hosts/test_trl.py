@@ -30,6 +30,14 @@ AUX = {**NO_DROPOUT, "aux_losses": {"switch_lb": 0.3, "z": 0.02}}
 STANDING_STILL = {"optim": "rsgd", "learning_rate": 0.0, "max_steps": 1}
 BETA = 0.5
 LN_2 = math.log(2)
+SHORT = {**GRADAMW, "max_steps": 2}
+# Presets with tensors that never train (factors, counts of a modifier, an offset) or that lie
+# elsewhere (a block's router), and what is changed in them for the tiny base.
+COPIED = {
+    "flylora": {},
+    "goat": {"r": FAMILY_RANK, "num_experts": 4},
+    "mixlora": {"r": FAMILY_RANK, "num_experts": 4},
+}
 
 # TRL 0.29.1 with transformers 5.19 and PEFT 0.20; TRL 1.16 with transformers 5.23 and PEFT 0.21.2.
 ENVIRONMENTS = ["ms_swift", "trl"]
@@ -59,6 +67,14 @@ def jobs(folder: Path, model_dir: Path, files: dict[str, Path]) -> list[dict]:
         job("precomputed", "dpo", NO_DROPOUT, {**GRADAMW, "precompute_ref_log_probs": True}),
         job("still", "dpo", NO_DROPOUT, {**STANDING_STILL, **everything}, random_b=True),
         job("again", "dpo", None, GRADAMW, continue_from=str(folder / "dpo")),
+        *(
+            job(f"{preset}-before", "sft", {"preset": preset, **changes}, SHORT)
+            for preset, changes in COPIED.items()
+        ),
+        *(
+            job(f"{preset}-again", "dpo", None, GRADAMW, continue_from=f"{folder}/{preset}-before")
+            for preset in COPIED
+        ),
         job("padded", "sft", AUX, GRADAMW),
         job("flat", "sft", AUX, {**GRADAMW, **flat}),
         job("packed", "sft", AUX, {**GRADAMW, **packed}),
@@ -128,6 +144,13 @@ def test_the_reference_of_a_saved_adapter_is_the_saved_adapter(folder):
     for name, tensor in adapter_tensors(folder / "again" / "ref").items():
         assert torch.equal(tensor, before[name]), name
         assert not torch.equal(tensor, after[name]), name
+
+
+@pytest.mark.parametrize("preset", COPIED)
+def test_the_reference_has_what_never_trains(folder, preset):
+    history = losses(folder / f"{preset}-again")
+    assert_close(history[:1], [LN_2])
+    assert len(set(history)) == len(history) == 8
 
 
 def test_rows_without_padding_train_as_padded_rows(folder):
