@@ -50,7 +50,8 @@ HOOKS: dict[str, str] = {
     "llamafactory.v1.plugins.trainer_plugins.optimizers.optimizer": (  # 0.9.6
         "integrations.llamafactory.v1:register_optimizers"
     ),
-    "llamafactory.v1.core.base_trainer": "integrations.llamafactory.v1:register_aux_losses",
+    "llamafactory.v1.core.base_trainer": "integrations.llamafactory.v1:register_trainer",
+    "axolotl.cli.merge_lora": "integrations.axolotl:register_merge",
     "swift.arguments.tuner_args": "integrations.ms_swift:register_options",
     "swift.tuner_plugin.mapping": "integrations.ms_swift:register_tuner",
     "swift.optimizers.mapping": "integrations.ms_swift:register_optimizers",

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from accelerate import init_empty_weights
 from peft.config import PeftConfig
+from peft.peft_model import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
@@ -46,6 +47,7 @@ class MoeLoraModel(BaseTuner):
     )
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        _refuse_nesting(model)
         # The constructor injects the first adapter, whose layers share this. Where adapters are
         # added without a PeftModel, each comes with a tuner of its own.
         self.shared = next((layer.shared for layer in routed_layers(model).values()), Shared())
@@ -336,6 +338,21 @@ def use_gate_rescale(model: nn.Module, mode: GateRescale, adapter: str) -> None:
 def find_tuner(model: Any) -> MoeLoraModel | None:
     """The tuner inside a PeftModel (however it is wrapped), or None."""
     return next((m for m in model.modules() if isinstance(m, MoeLoraModel)), None)
+
+
+def _refuse_nesting(model: nn.Module) -> None:
+    """A PeftModel inside another: the inner adapter would be frozen, and saved under wrong names.
+
+    A PeftModel of its own type takes a second adapter beside the first.
+    """
+    inner = next((m for m in model.modules() if isinstance(m, PeftModel | BaseTuner)), None)
+    if inner is not None:
+        raise ConfigError(
+            f"The base is a {type(inner).__name__} already, and a mixture of experts around it "
+            "would be saved and trained wrongly; put it beside the adapter that is there with "
+            "`model.add_adapter(name, config)` or `model.load_adapter(folder, name)`, or first "
+            "take that out with `merge_and_unload()` or `unload()`."
+        )
 
 
 def _own_name(name: str) -> str:

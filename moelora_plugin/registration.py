@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable
 from enum import Enum
+from pathlib import Path
 from typing import Any, get_args
 
 from .errors import MissingDependencyError
@@ -121,13 +122,34 @@ def register_optimizers() -> None:
 
 
 def register_callbacks() -> None:
-    """Give every transformers Trainer what our optimizers and auxiliary losses need of it."""
-    from transformers import trainer
+    """Give every transformers Trainer what our optimizers, losses and guards need of it."""
+    from transformers import trainer, trainer_utils
 
-    from .trainer_callbacks import AuxLossCallback, OptimizerCallback
+    from .trainer_callbacks import AuxLossCallback, GuardCallback, OptimizerCallback
 
     callbacks: list[Any] = trainer.DEFAULT_CALLBACKS
-    callbacks += [c for c in (AuxLossCallback, OptimizerCallback) if c not in callbacks]
+    ours = (AuxLossCallback, GuardCallback, OptimizerCallback)
+    callbacks += [c for c in ours if c not in callbacks]
+    train = trainer.Trainer.train
+    if hasattr(train, "moelora"):
+        return
+
+    @functools.wraps(train)
+    def train_as_before(
+        self: Any, resume_from_checkpoint: Any = None, *args: Any, **keywords: Any
+    ) -> Any:
+        # The folder is known here alone, and its tensors are loaded before any callback is called.
+        folder = resume_from_checkpoint
+        if folder is True:
+            last: Any = trainer_utils.get_last_checkpoint
+            folder = last(self.args.output_dir)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, GuardCallback):
+                callback.before_train(self.model, Path(folder) if folder else None)
+        return train(self, resume_from_checkpoint, *args, **keywords)
+
+    train_as_before.moelora = True  # type: ignore[attr-defined]
+    setattr(trainer.Trainer, "train", train_as_before)  # noqa: B010
 
 
 def register_lm_eval_models() -> None:

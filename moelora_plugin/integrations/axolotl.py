@@ -8,7 +8,10 @@ entry point switched off as well.
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
@@ -18,7 +21,7 @@ from pydantic import BaseModel, create_model, model_validator
 from transformers import set_seed
 
 from .. import MoeLoraConfig, autoload
-from ..checkpoint import read_adapter_config, resolve_adapter
+from ..checkpoint import CONFIG_FILE, read_adapter_config, resolve_adapter
 from ..config import PEFT_TYPE
 from ..errors import ConfigError, ExportError
 from ..hf_trainer import optimizer_arguments
@@ -30,6 +33,7 @@ from .options import (
     option_value,
     preset_fields,
     refuse_disagreement,
+    refuse_unknown_keys,
 )
 
 ADAPTER = "moelora"
@@ -44,11 +48,13 @@ _HOST_WORDS = {
     "peft_layers_to_transform": "layers_to_transform",
     "peft_layers_pattern": "layers_pattern",
     "peft_use_rslora": "use_rslora",
+    "peft_trainable_token_indices": "trainable_token_indices",
 }
 _OWN_WORDS = {ours: theirs for theirs, ours in _HOST_WORDS.items()}
 
 _KERNEL = "the kernel computes plain LoRA layers"
 _QUANTISED = "axolotl quantises the base for adapter lora and qlora only"
+_RELORA = "ReLoRA merges the adapter into the base, and a routed adapter is no weight update"
 _REWARD = "moelora adapts causal language models here"
 
 # Keys that axolotl reads for its own adapters alone, and would ignore or misapply with ours.
@@ -67,8 +73,20 @@ _REFUSED_WITH_ADAPTER = {
     "peft_use_dora": "it is for one LoRA; moelora.expert: dora is its form for experts",
     "peft_init_lora_weights": "moelora.init names the initialisation of experts",
     "peft_layer_replication": "it is a feature of plain LoRA",
-    "peft_trainable_token_indices": "use lora_modules_to_save to train embeddings",
-    "relora": "it merges the adapter into the base, and a routed adapter is no weight update",
+    "peft_ensure_weight_tying": "it ties plain LoRA's weights",
+    "lora_fan_in_fan_out": "the layers find out for themselves",
+    "qlora_sharded_model_loading": _QUANTISED,
+    "quantize_moe_experts": _QUANTISED,
+    "loraplus_lr_ratio": "its groups know no gates; set optimizer: gradamw (or another of "
+    "moelora's) and optim_args: {lora_plus_ratio: ...}",
+    "loraplus_lr_embedding": "it goes with loraplus_lr_ratio",
+    "unfrozen_parameters": "it freezes all others, the adapter's too; name modules that train "
+    "whole in lora_modules_to_save",
+    "lisa_n_layers": "LISA trains layers of the base in turn",
+    "relora": _RELORA,
+    "relora_prune_ratio": _RELORA,
+    "relora_cpu_offload": _RELORA,
+    "jagged_restart_steps": _RELORA,
     "reward_model": _REWARD,
     "process_reward_model": _REWARD,
 }
@@ -115,6 +133,7 @@ class MoeLoraArgs(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _refuse(cls, data: Any) -> Any:
+        refuse_unknown_keys(data, [ADAPTER], "moelora.{}".format, _OWN_WORDS)
         if data.get("adapter") == ADAPTER:
             _refuse_keys(data, f"adapter: {ADAPTER}", _REFUSED_WITH_ADAPTER)
             _refuse_uses(data)
@@ -197,6 +216,38 @@ class MoeLoraPlugin(BasePlugin):  # type: ignore[misc]
         return adapted, adapted.peft_config["default"]
 
 
+def register_merge() -> None:
+    """Make merge-lora refuse an adapter of ours, whatever the config calls it.
+
+    Shard by shard it looks for LoRA's tensors, finds none, and writes the base as the merged model.
+    """
+    from axolotl.cli import merge_lora
+
+    merge = merge_lora.merge_lora_sharded_efficient
+    if hasattr(merge, "moelora"):
+        return
+
+    @functools.wraps(merge)
+    def merge_others(*args: Any, **keywords: Any) -> Any:
+        folder = inspect.signature(merge).bind(*args, **keywords).arguments["lora_adapter_path"]
+        file = Path(folder) / CONFIG_FILE
+        if file.is_file() and read_adapter_config(Path(folder)).get("peft_type") == PEFT_TYPE:
+            raise _no_shard_merge(folder)
+        return merge(*args, **keywords)
+
+    merge_others.moelora = True  # type: ignore[attr-defined]
+    merge_lora.merge_lora_sharded_efficient = merge_others
+
+
+def _no_shard_merge(folder: Any) -> ExportError:
+    return ExportError(
+        "axolotl's merge-lora reads plain LoRA files, and a routed adapter is no weight update; "
+        f"write an approximation with `moelora export {folder} --to merged --strategy mean-gate "
+        "--out DIR` (an adapter of one expert merges with adapter: moelora and merge_method: "
+        "legacy)."
+    )
+
+
 def _adapter_config(cfg: Any, model: Any = None) -> MoeLoraConfig:
     """What the file asks for; with a model, its linear modules by name."""
     words = _words(cfg)
@@ -206,7 +257,17 @@ def _adapter_config(cfg: Any, model: Any = None) -> MoeLoraConfig:
             listed = cfg.lora_target_modules or []
             listed = [listed] if isinstance(listed, str) else listed
             words["target_modules"] = sorted({*listed, *find_all_linear_names(model)})
-    return adapter_config(_options(cfg), words)
+    options = _options(cfg)
+    for field in options.keys() & words.keys():
+        if options[field] != words[field]:
+            theirs = _OWN_WORDS[field]
+            if field == "target_modules" and cfg.lora_target_linear:
+                theirs = "lora_target_linear"
+            raise ConfigError(
+                f"{theirs} and moelora.{field} name different values, {words[field]!r} and "
+                f"{options[field]!r}; remove one of the two."
+            )
+    return adapter_config(options, words)
 
 
 def _words(cfg: Any) -> dict[str, Any]:
@@ -226,8 +287,11 @@ def _unset_dropout(cfg: Any) -> float:
         saved = read_adapter_config(resolve_adapter(cfg["lora_model_dir"]))
         return float(saved.get("lora_dropout", 0.0))
     options = cfg.get("moelora")
+    options = options if isinstance(options, Mapping) else {}
+    if options.get("lora_dropout") is not None:
+        return float(options["lora_dropout"])
     try:
-        fields = preset_fields(options if isinstance(options, Mapping) else {})
+        fields = preset_fields(options)
     except ConfigError:  # the validation, which follows, says what is wrong
         fields = {}
     return float(fields.get("lora_dropout", MoeLoraConfig.lora_dropout))
@@ -260,12 +324,7 @@ def _refuse_keys(data: Mapping[str, Any], with_what: str, reasons: Mapping[str, 
 def _refuse_uses(data: Mapping[str, Any]) -> None:
     continued = data.get("lora_model_dir")
     if data.get("merge_lora") and data.get("merge_method") != "legacy":
-        raise ExportError(
-            "axolotl's merge-lora reads plain LoRA files, and a routed adapter is no weight "
-            f"update; write an approximation with `moelora export "
-            f"{continued or data.get('output_dir')} --to merged --strategy mean-gate --out DIR` "
-            "(an adapter of one expert merges with merge_method: legacy)."
-        )
+        raise _no_shard_merge(continued or data.get("output_dir"))
     if data.get("inference") and not continued:
         raise ConfigError("lora_model_dir is not set; name the adapter to answer with.")
     if data.get("rl") in ("dpo", "ipo", "kto") and continued:

@@ -13,10 +13,11 @@ from peft import PeftConfig
 
 from .. import MoeLoraConfig
 from ..errors import ConfigError
-from ..lookup import given
+from ..lookup import given, nearest
 from ..presets import PRESETS
 
 DEFAULT_PRESET = "moe_lora"
+OUR_NAME = "moelora"
 
 # Numbers that a host leaves as text: YAML 1.1 does so with "1e-3", for want of a point.
 _FLOAT = re.compile(r"[-+]?(\d+\.\d*|\.?\d+)([eE][-+]?\d+)?")
@@ -35,6 +36,39 @@ def option_types(host_words: Iterable[str]) -> dict[str, Any]:
     own = [field.name for field in dataclasses.fields(MoeLoraConfig)]
     left_out = {*inherited, *host_words, "format_version"}
     return {"preset": str, **{name: hints[name] for name in own if name not in left_out}}
+
+
+def refuse_unknown_keys(
+    keys: Iterable[str],
+    known: Iterable[str],
+    key_of: Callable[[str], str],
+    host_words: Mapping[str, str],
+) -> None:
+    """Refuse, by its own name, a key that begins with our name and that a host would pass over.
+
+    Args:
+        keys: what a host's file or command line sets, ours and others.
+        known: the keys that begin with our name and are read.
+        key_of: how a field of MoeLoraConfig is spelt there, for what to write in the key's place.
+        host_words: fields of MoeLoraConfig that the host has keys of its own for -> those keys.
+
+    Raises:
+        ConfigError: there is such a key.
+    """
+    known = set(known)
+    spelling = {name: key_of(name) for name in option_types(())} | dict(host_words)
+    for key in keys:
+        if key in known or not key.lower().startswith(OUR_NAME):
+            continue
+        field = key.lower().removeprefix(OUR_NAME).strip("_.-").replace("-", "_")
+        if field in spelling:
+            raise ConfigError(f"{key} is not a key here; write {spelling[field]} in its place.")
+        close = [spelling[name] for name in nearest(field, spelling)]
+        raise ConfigError(
+            f"{key} is not a key here; "
+            + (f"did you mean {' or '.join(close)}? " if close else "")
+            + f"Keys are {', '.join(sorted(spelling.values()))}."
+        )
 
 
 def takes_mapping(hint: Any) -> bool:

@@ -31,6 +31,7 @@ from .groups import (
     take_frozen,
     take_names,
 )
+from .resumed import refuse_other_options
 
 ORDERS = ("jacobi", "gauss_seidel")
 
@@ -184,6 +185,15 @@ class _Riemannian(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         own = {"_frozen_factors": self._frozen_factors, "_names": self._names}
         return {**super().__getstate__(), **own}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from the state of a run with the same optimizer.
+
+        Raises:
+            ConfigError: it is another's, or was made with other options.
+        """
+        refuse_other_options(self.param_groups, state_dict["param_groups"])
+        super().load_state_dict(state_dict)
 
     def _check_groups(self) -> None:
         for group in self.param_groups:

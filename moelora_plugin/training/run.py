@@ -23,11 +23,12 @@ from transformers import (
 from moelora_eval_tasks.catalog import resolve
 
 from .. import MoeLoraConfig
-from ..checkpoint import extend_manifest, save_adapter
+from ..checkpoint import CONFIG_FILE, extend_manifest, read_adapter_config, save_adapter
 from ..clusters import ClusterAssigner
 from ..errors import ConfigError, first_line
 from ..files import refuse_existing, write_json, write_text
 from ..routers.scores.embedding import DEFAULT_NUM_IDS
+from ..run_guards import refuse_other_config
 from .arguments import training_arguments
 from .base import load_model, load_processor
 from .callbacks import RoutingLog, record_routing
@@ -70,6 +71,8 @@ def train(
         refuse_existing(folder.path, overwrite=overwrite, key="output_dir")
     arguments = training_arguments(recipe, folder.checkpoints)
     config = adapter_config(recipe)
+    if checkpoint is not None:
+        _refuse_other_run(config, Path(checkpoint))
     tasks = resolve(recipe.data.tasks)
     _check_ids(config, "task", len(tasks), "data.tasks")
     if config.router_input == "cluster" and recipe.data.clusters is None:
@@ -174,6 +177,13 @@ def adapter_config(recipe: Recipe) -> MoeLoraConfig:
     preset = fields.pop("preset", "moe_lora")
     require(isinstance(preset, str), "adapter.preset", preset, "the name of a preset")
     return MoeLoraConfig.from_preset(preset, **fields)
+
+
+def _refuse_other_run(config: MoeLoraConfig, checkpoint: Path) -> None:
+    """What the Trainer's guard refuses, before the base is loaded."""
+    if (checkpoint / CONFIG_FILE).is_file():  # some engines save shards alone
+        saved = read_adapter_config(checkpoint)
+        refuse_other_config(config, saved, checkpoint, key_of=lambda field: f"adapter.{field}")
 
 
 def _check_ids(config: MoeLoraConfig, router_input: str, number: int, source: str) -> None:

@@ -5,6 +5,8 @@ python ms_swift_arguments.py cases.json answers.json
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import sys
 from pathlib import Path
@@ -12,19 +14,24 @@ from pathlib import Path
 from swift.arguments import SftArguments
 from swift.utils import parse_args
 
-from moelora_plugin.integrations.ms_swift.arguments import moelora_config
+from moelora_plugin.integrations.ms_swift.arguments import moelora_config, targets_are_the_presets
 
 
 def answer(case):
-    """The adapter's config, or the error's class and message."""
+    """The adapter's config and who chooses the targets, or the error's class and message."""
     sys.argv = ["sft.py", *case.get("argv", [])]
+    said = io.StringIO()
     try:
         if "keywords" in case:
             args = SftArguments(**case["keywords"])
         else:
-            args, left = parse_args(SftArguments)
+            with contextlib.redirect_stderr(said):
+                args, left = parse_args(SftArguments)
             assert not left, left
-        return moelora_config(args).to_dict()
+        chosen = {"by_preset": targets_are_the_presets(args)}
+        return {**moelora_config(args).to_dict(), **chosen}
+    except SystemExit:  # argparse has said why
+        return {"error": "SystemExit", "message": said.getvalue()}
     except Exception as error:
         return {"error": type(error).__name__, "message": str(error)}
 

@@ -101,6 +101,7 @@ REFUSED = [
     ({"moelora": {"num_exprts": 3}}, "'num_experts'"),
     ({"moelora": {"preset": "gr_moe"}}, "'gr_moe_lora'"),
     ({"moelora": {"num_experts": 4, "top_k": 5}}, "top_k=5"),
+    ({"moelora": {"num_experts": 4, "top_k": 2, "r": 8}}, "lora_r and moelora.r name different"),
     ({"moelora": ["num_experts"]}, "must map names to values"),
     ({"adapter": "lora"}, "needs adapter: moelora"),
     ({"sample_packing": True, "moelora": {"aux_losses": {"z": 0.1}}}, "sample_packing"),
@@ -110,22 +111,6 @@ REFUSED = [
     ({"rl": "dpo", "lora_model_dir": "somewhere"}, "lora_model_dir"),
     ({"inference": True}, "lora_model_dir"),
 ]
-TRY_ALL = """
-import json, sys, yaml
-from axolotl.cli.config import load_cfg
-
-base = yaml.safe_load(open(sys.argv[1]))
-answers = []
-for changes in json.load(open(sys.argv[2])):
-    with open("tried.yaml", "w") as file:
-        yaml.safe_dump({**base, **changes}, file)
-    try:
-        load_cfg("tried.yaml")
-        answers.append("accepted")
-    except Exception as error:
-        answers.append(str(error))
-json.dump(answers, open("answers.json", "w"))
-"""
 
 
 class Runs:
@@ -247,6 +232,14 @@ def test_resumes_exactly(runs, plain):
     assert not (resumed / "checkpoint-3").exists()  # it did not start over
     assert losses(resumed) == losses(plain)
     assert_same_tensors(resumed, plain)
+
+
+def test_a_resumed_run_asks_for_the_adapter_of_its_checkpoint(runs, plain):
+    checkpoint = str(plain / "checkpoint-3")
+    file = runs.config("other", moelora={"top_k": 1}, resume_from_checkpoint=checkpoint)
+    done = runs.host.run("axolotl", "train", str(file), *ONE, cwd=runs.folder, check=False)
+    assert done.returncode != 0
+    assert f"top_k is 1 in this run, and the checkpoint in {checkpoint} was" in done.stderr
 
 
 def test_two_processes_train_as_one_that_accumulates(runs, accumulated):
@@ -373,14 +366,23 @@ def test_merge_names_the_export(runs, plain):
     assert done.returncode != 0
     assert f"`moelora export {plain} --to merged" in done.stderr
     assert not (plain / "merged").exists()
+    # Under another name, and without the plugin, axolotl would write the base as the merged model.
+    content = yaml.safe_load((runs.folder / "plain.yaml").read_text())
+    for key in ("plugins", "moelora", "optimizer", "optim_args"):
+        del content[key]
+    (runs.folder / "as_lora.yaml").write_text(yaml.safe_dump({**content, "adapter": "lora"}))
+    done = runs.host.run("axolotl", "merge-lora", "as_lora.yaml", cwd=runs.folder, check=False)
+    assert done.returncode != 0
+    assert "ExportError: axolotl's merge-lora reads plain LoRA files" in done.stderr
+    assert not (plain / "merged").exists()
 
 
 def test_refuses_in_a_sentence_what_does_not_fit(runs):
-    (runs.folder / "try_all.py").write_text(TRY_ALL)
-    changes = [change for change, _ in REFUSED]
-    (runs.folder / "changes.json").write_text(json.dumps([*changes, {}]))
-    base = str(runs.config("refused"))
-    runs.host.run("python", "try_all.py", base, "changes.json", cwd=runs.folder)
+    base = yaml.safe_load(runs.config("refused").read_text())
+    cases = [{**base, **change} for change in (*(change for change, _ in REFUSED), {})]
+    (runs.folder / "cases.json").write_text(json.dumps(cases))
+    script = str(Path(__file__).with_name("axolotl_refusals.py"))
+    runs.host.run("python", script, "cases.json", "answers.json", cwd=runs.folder)
     *answers, untouched = json.loads((runs.folder / "answers.json").read_text())
     for (change, named), answer in zip(REFUSED, answers, strict=True):
         assert answer.startswith("1 validation error"), (change, answer)

@@ -163,6 +163,18 @@ def test_a_resumed_run_is_the_uninterrupted_one(train, trained):
     assert results["train_loss"] == pytest.approx(sum(losses(trained)[4:]) / 8)
 
 
+def test_a_resumed_run_asks_for_the_adapter_of_its_checkpoint(
+    llamafactory, config, trained, tmp_path
+):
+    checkpoint = str(trained / "checkpoint-4")
+    changes = {**MIXTURE, "lora_dropout": 0.1, "moelora_top_k": 1, "moelora_aux_losses": AUX}
+    file = tmp_path / "train.yaml"
+    file.write_text(yaml.safe_dump(config(**changes, resume_from_checkpoint=checkpoint)))
+    done = llamafactory.run("llamafactory-cli", "train", str(file), check=False)
+    assert done.returncode != 0
+    assert f"top_k is 1 in this run, and the checkpoint in {checkpoint} was" in done.stderr
+
+
 def test_two_processes_are_one_with_accumulation(train, accumulated):
     two = train(
         {"env": {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2"}},
@@ -496,8 +508,8 @@ CASES = {
 @pytest.mark.parametrize(
     ("case", "error", "said"),
     [
-        ("typo", "ValueError", "not used by the HfArgumentParser: ['moelora_top_kk']"),
-        ("typo on the command line", "ValueError", "['--moelora_top_kk', '2']"),
+        ("typo", "ConfigError", "moelora_top_kk is not a key here; did you mean moelora_top_k"),
+        ("typo on the command line", "ConfigError", "moelora_top_kk is not a key here; did you"),
         (
             "keys without the type",
             "ConfigError",

@@ -181,6 +181,7 @@ def test_fsdp2_equals_one_process(v1, accumulated):
     resumed = v1.train("fsdp2_on", processes=2, resume_from_checkpoint=checkpoint, **options)
     assert logged(resumed) == logged(whole)[3:]
     assert_same_tensors(resumed, whole)
+    assert adapter_config(whole / "checkpoint-3" / "model")["top_k"] == 2  # beside its shards
 
 
 def test_resume_is_exact(v1, with_dropout):
@@ -188,6 +189,17 @@ def test_resume_is_exact(v1, with_dropout):
     resumed = v1.train("resumed", resume_from_checkpoint=checkpoint, **DROPOUT)
     assert logged(resumed) == logged(with_dropout)[3:]
     assert_same_tensors(resumed, with_dropout)
+
+
+def test_a_resumed_run_asks_for_the_adapter_of_its_checkpoint(v1, with_dropout):
+    checkpoint = with_dropout / "checkpoint-3"
+    changes = _changed(DROPOUT, {"peft_config": {"top_k": 1}})
+    config = v1.config("other", resume_from_checkpoint=str(checkpoint), **changes)
+    done = v1.run("llamafactory-cli", "sft", str(config), check=False)
+    assert done.returncode != 0
+    assert (
+        f"top_k is 1 in this run, and the checkpoint in {checkpoint / 'model'} was" in done.stderr
+    )
 
 
 def test_aux_losses_equal_those_added_by_hand(v1, with_dropout):

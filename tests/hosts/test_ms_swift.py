@@ -15,6 +15,7 @@ from host_runs import (
     FAMILY,
     FAMILY_RANK,
     adapter_config,
+    adapter_tensors,
     assert_same_tensors,
     assert_trained_adapter,
     assert_trained_preset,
@@ -275,6 +276,35 @@ def test_dpo_in_two_processes_starts_from_the_base_as_reference(train, dpo_file)
     assert_same_tensors(two, one, rtol=1e-3)
 
 
+@pytest.mark.parametrize("rlhf_type", ["dpo", "kto"])
+def test_a_trained_adapter_is_its_own_reference(
+    train, by_plugin_file, dpo_file, tmp_path, rlhf_type
+):
+    """swift's recipe from SFT on: `adapters` goes on training, `ref_adapters` stands still."""
+    if rlhf_type == "kto":
+        rows = [json.loads(line) for line in dpo_file.read_text().splitlines()]
+        dpo_file = tmp_path / "kto.jsonl"
+        dpo_file.write_text(
+            "".join(json.dumps({**row, "label": n % 2}) + "\n" for n, row in enumerate(rows))
+        )
+    trained = train(
+        "rlhf",
+        **MIXTURE,
+        rlhf_type=rlhf_type,
+        dataset=dpo_file,
+        columns=DPO_COLUMNS,
+        adapters=by_plugin_file,
+        ref_adapters=by_plugin_file,
+    )
+    # Policy and reference are the same at first: -log(1/2), and for KTO 1 - 1/2.
+    start = {"dpo": math.log(2), "kto": 0.5}[rlhf_type]
+    assert losses(trained)[0] == pytest.approx(start, rel=1e-6)
+    assert len(set(losses(trained))) == len(losses(trained))
+    before, after = adapter_tensors(by_plugin_file), adapter_tensors(trained)
+    assert after.keys() == before.keys()
+    assert not any(torch.equal(after[name], before[name]) for name in before)
+
+
 def test_infer_answers_with_the_unmerged_adapter(
     ms_swift, by_plugin_file, model_dir, sft_file, tmp_path
 ):
@@ -299,6 +329,33 @@ def test_infer_answers_with_the_unmerged_adapter(
         AutoModelForCausalLM.from_pretrained(model_dir), model_dir, prompts
     )
     assert found == expected
+
+
+def test_the_engine_answers_each_request_with_the_adapter_that_it_names(
+    ms_swift, by_plugin_file, accumulated, model_dir, sft_file, tmp_path
+):
+    """What `swift deploy --adapters a=A b=B` does: one model, an adapter name with each request."""
+    prompts = [json.loads(line)["prompt"] for line in sft_file.read_text().splitlines()[:3]]
+    adapters = {"a": by_plugin_file, "b": accumulated}
+    expected = {
+        **{
+            name: generated(reload(p, model_dir), model_dir, prompts)
+            for name, p in adapters.items()
+        },
+        None: generated(AutoModelForCausalLM.from_pretrained(model_dir), model_dir, prompts),
+    }
+    assert len({tuple(answers) for answers in expected.values()}) == 3
+    order = [(name, n) for n in range(len(prompts)) for name in ("a", "b", None, "a")]
+    given = {
+        "model": str(model_dir),
+        "adapters": {name: str(path) for name, path in adapters.items()},
+        "requests": [(name, prompts[n]) for name, n in order],
+    }
+    (tmp_path / "requests.json").write_text(json.dumps(given))
+    files = [str(tmp_path / name) for name in ("requests.json", "answers.json")]
+    ms_swift.run("python", str(HERE / "ms_swift_engine.py"), *files)
+    answers = json.loads((tmp_path / "answers.json").read_text())
+    assert answers == [expected[name][n] for name, n in order]
 
 
 def generated(model, model_dir: Path, prompts: list[str]) -> list[str]:
@@ -356,6 +413,12 @@ CONFIGS = {
         {"moelora_preset": "single_lora", "lora_alpha": 80},
         {"num_experts": 1, "top_k": 1, "r": 80, "lora_alpha": 80},
     ),
+    "a preset that lists its targets": ({"moelora_preset": "llava_mole"}, {"by_preset": True}),
+    "a preset for all linears": ({"moelora_preset": "goat"}, {"by_preset": False}),
+    "targets that win over the preset's": (
+        {"moelora_preset": "llava_mole", "target_modules": "all-linear"},
+        {"by_preset": False},
+    ),
     "lists and mappings": (
         {
             "moelora_layers_to_transform": [0, 1],
@@ -380,7 +443,7 @@ REFUSALS = {
     ),
     "an unknown option": (
         {"model_kwargs": {"moelora_num_expert": 4}},
-        "model_kwargs has no key moelora_num_expert; did you mean moelora_num_experts",
+        "moelora_num_expert is not a key here; did you mean moelora_num_experts",
     ),
     "a value out of range": (
         {"moelora_num_experts": 4},
@@ -436,6 +499,18 @@ def test_keywords_from_python_code_all_count_as_set(parsed):
 def test_what_does_not_fit_is_refused(parsed, name):
     assert parsed[name].get("error") == "ConfigError", parsed[name]
     assert REFUSALS[name][1] in parsed[name]["message"]
+
+
+def test_two_adapters_are_not_put_into_one_another(ms_swift, by_plugin_file, accumulated, tmp_path):
+    (tmp_path / "asked.jsonl").write_text('{"query": "Sentence"}\n')
+    arguments = {
+        "adapters": [by_plugin_file, accumulated],
+        "val_dataset": tmp_path / "asked.jsonl",
+        "result_path": tmp_path / "answers.jsonl",
+    }
+    done = ms_swift.run("swift", "infer", *command_line(arguments), check=False)
+    assert done.returncode != 0
+    assert f"ConfigError: adapters names a second adapter, {accumulated}" in done.stderr
 
 
 def test_a_continued_adapter_must_be_the_one_that_is_asked_for(parsed):

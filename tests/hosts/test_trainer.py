@@ -78,6 +78,13 @@ def jobs(
     one = [
         job("whole", dropping, saving),
         job("resumed", dropping, saving, resume=str(folder / "whole" / "checkpoint-3")),
+        job(
+            "other",
+            {**dropping, "top_k": 1},
+            saving,
+            resume=str(folder / "whole" / "checkpoint-3"),
+            refused=True,
+        ),
         {"infer": str(folder / "whole"), "model": str(model_dir)},
         job("four-steps", none, {**FULL_BATCH, "max_steps": 4}),
         job("two-steps", none, {**FULL_BATCH, "max_steps": 2}),
@@ -177,6 +184,12 @@ def test_a_resumed_run_is_the_uninterrupted_one(folder, processes):
         pytest.skip("transformers 5.6 cannot resume in two processes on CPU")
     assert losses(resumed) == losses(whole)  # with dropout: the random state is restored too
     assert_same_tensors(resumed, whole)
+
+
+def test_a_resumed_run_asks_for_the_adapter_of_its_checkpoint(folder):
+    said = (folder / "other" / "refused.txt").read_text()
+    checkpoint = folder / "whole" / "checkpoint-3"
+    assert said.startswith(f"top_k is 1 in this run, and the checkpoint in {checkpoint} was")
 
 
 def test_two_processes_train_as_one(folder):

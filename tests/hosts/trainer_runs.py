@@ -14,6 +14,7 @@
     by_hand        coefficients of auxiliary losses to add to the loss here, outside of the adapter
     arguments      of TrainingArguments, SFTConfig or DPOConfig
     resume         a checkpoint
+    refused        the run is expected to fail; what is said is left in refused.txt
 
 It leaves in `arguments["output_dir"]` what a stock script leaves: the adapter and
 trainer_state.json.
@@ -196,6 +197,12 @@ def main(file):
             infer(run)
             continue
         trainer = build(run)
+        if run.get("refused"):
+            try:
+                trainer.train(resume_from_checkpoint=run.get("resume"))
+            except Exception as error:
+                Path(run["arguments"]["output_dir"], "refused.txt").write_text(str(error))
+            continue
         trainer.train(resume_from_checkpoint=run.get("resume"))
         trainer.save_model()
         trainer.save_state()

@@ -53,6 +53,10 @@ OPTIMIZERS_AT = {
 FAMILY = "from llamafactory.v1.utils.plugin import BasePlugin\nclass {}(BasePlugin): pass\n"
 FILES = {
     "utils/callbacks.py": "class TrainerCallback: pass\n",
+    "accelerator/interface.py": """
+        class DistributedInterface:
+            def get_rank(self): return 0
+    """,
     "plugins/model_plugins/peft.py": FAMILY.format("PeftPlugin")
     + """
 from types import SimpleNamespace
@@ -64,7 +68,10 @@ def merge_and_export_model(config):
 """,
     "plugins/data_plugins/converter.py": FAMILY.format("DataConverterPlugin"),
     "core/base_trainer.py": """
+        from types import SimpleNamespace
         class BaseTrainer:
+            global_step = 0
+            args = SimpleNamespace(resume_from_checkpoint=None)
             def __init__(self, model, callbacks, generator):
                 self.model, self.generator = model, generator
                 self.callback_handler = type("Handler", (), {"callbacks": callbacks})()
@@ -75,7 +82,8 @@ def merge_and_export_model(config):
                     callback.on_train_begin(None, None, optimizer=None, **what)
                 self.model(input_ids=__import__("torch").arange(8).view(2, 4))
                 for callback in self.callback_handler.callbacks:
-                    callback.on_log(None, None, model=self.model, logs=logs)
+                    if hasattr(callback, "on_log"):
+                        callback.on_log(None, None, model=self.model, logs=logs)
                 return logs
     """,
 }
@@ -277,9 +285,15 @@ def test_aux_losses_are_scaled_and_logged(adapted, v1):
     assert seen == logs  # ours comes before the one that writes the log
 
 
-def test_other_models_train_without_a_callback(adapted, v1):
+def test_an_adapter_that_does_not_train_is_refused(adapted, v1):
+    model = adapted(tiny_llama(), **SMALL).requires_grad_(False)
+    with pytest.raises(ConfigError, match=r"^All tensors of the MoE-LoRA adapter are frozen"):
+        v1.base_trainer.BaseTrainer(model, [], None).fit({"loss": 1.0})
+
+
+def test_other_models_train_without_a_callback(v1):
     lora = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
-    for model in (tiny_llama(), lora, adapted(tiny_llama(), **SMALL)):
+    for model in (tiny_llama(), lora):
         trainer = v1.base_trainer.BaseTrainer(model, [], None)
         assert trainer.fit({"loss": 1.0}) == {"loss": 1.0}
         assert trainer.callback_handler.callbacks == []
@@ -289,7 +303,7 @@ def test_registering_again_changes_nothing(v1):
     from moelora_plugin.integrations.llamafactory import v1 as ours
 
     fit = v1.base_trainer.BaseTrainer.fit
-    ours.register_aux_losses()
+    ours.register_trainer()
     assert v1.base_trainer.BaseTrainer.fit is fit
 
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from moelora_plugin.errors import ConfigError
 from moelora_plugin.training import Recipe, TrainResult, load_recipe, train
 from moelora_plugin.training.callbacks import record_routing
 from moelora_plugin.training.examples import AnswerCollator
@@ -122,6 +123,15 @@ def test_resuming_gives_the_losses_of_the_uninterrupted_run(
     assert losses(resumed) == losses(whole)
     for name, tensor in weights(whole).items():
         assert torch.equal(tensor, weights(resumed)[name]), name
+
+
+def test_a_resumed_run_asks_for_the_adapter_of_its_checkpoint(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(make_recipe())
+    monkeypatch.setattr("moelora_plugin.training.run.load_model", None)  # it is not come to
+    with pytest.raises(ConfigError, match=r"^adapter.top_k is 1 in this run, and the checkpoint"):
+        train(make_recipe(adapter={"top_k": 1}), resume="last")
 
 
 def test_a_half_written_checkpoint_is_never_resumed_from(

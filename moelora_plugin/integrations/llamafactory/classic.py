@@ -36,6 +36,7 @@ from ..options import (
     option_value,
     preset_fields,
     refuse_disagreement,
+    refuse_unknown_keys,
 )
 
 FINETUNING_TYPE = "moelora"
@@ -46,12 +47,24 @@ PREFIX = "moelora_"
 _UNSET_BY_DEFAULT = {"lora_rank": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
 _OTHER_WORDS = {"use_rslora": "use_rslora", "additional_target": "modules_to_save"}
 
+_OFT = "it is for finetuning_type: oft"
+_FREEZE = "it is for finetuning_type: freeze; additional_target names modules that train whole"
+
+# Refused where they are set to something else than LLaMA-Factory's default.
 _REFUSED = {
     "use_dora": "it is for one LoRA; moelora_expert: dora is its form for experts",
     "pissa_init": "it starts one LoRA, not a mixture; moelora_init names the ways to start one",
+    "pissa_iter": "it goes with pissa_init; moelora_init names the ways to start a mixture",
     "pissa_convert": "it converts one LoRA, not a mixture",
     "loraplus_lr_ratio": "its groups know no gates; set optim: gradamw (or another of moelora's) "
     "and optim_args: lora_plus_ratio=...",
+    "loraplus_lr_embedding": "it goes with loraplus_lr_ratio",
+    "oft_rank": _OFT,
+    "oft_block_size": _OFT,
+    "oft_target": _OFT,
+    "module_dropout": _OFT,
+    "freeze_trainable_modules": _FREEZE,
+    "freeze_extra_modules": _FREEZE,
     "use_adam_mini": "it takes the place of the optimizer that optim names",
     "use_muon": "it takes the place of the optimizer that optim names",
     "use_hyper_parallel": "that backend is for full fine-tuning only",
@@ -132,8 +145,12 @@ class _ArgumentsBase(FinetuningArguments):  # type: ignore[misc]
                 f"stage: ppo builds its own optimizer and swaps adapters, which finetuning_type: "
                 f"{FINETUNING_TYPE} does not support; choose pt, sft, rm, dpo or kto."
             )
-        for key, reason in _REFUSED.items():
-            if getattr(self, key, None):
+        defaults = {f.name: f.default for f in dataclasses.fields(FinetuningArguments)}
+        reasons = dict(_REFUSED)
+        if not self.use_llama_pro:
+            reasons["freeze_trainable_layers"] = f"{_FREEZE}, or goes with use_llama_pro"
+        for key, reason in reasons.items():
+            if getattr(self, key, None) != defaults.get(key):
                 raise ConfigError(
                     f"{key} does not go with finetuning_type: {FINETUNING_TYPE} ({reason}); "
                     "remove it."
@@ -150,9 +167,34 @@ def extend_arguments() -> None:
     """Put our finetuning arguments into the tables of LLaMA-Factory's parser."""
     from llamafactory.hparams import parser
 
+    read = parser.read_args
+    if not hasattr(read, "moelora"):
+        parser.read_args = _read_known(read)
     for name, table in vars(parser).items():
         if name.endswith("_ARGS") and isinstance(table, list):
             table[:] = [_arguments() if entry is FinetuningArguments else entry for entry in table]
+
+
+def _read_known(read: Callable[..., Any]) -> Callable[..., Any]:
+    """LLaMA-Factory's reader of a file or command line, which refuses keys that only look ours.
+
+    It would say so itself, but after it has made the arguments of the keys that it knows, or, with
+    ALLOW_EXTRA_ARGS, not at all.
+    """
+
+    @functools.wraps(read)
+    def read_known(*args: Any, **keywords: Any) -> Any:
+        found = read(*args, **keywords)
+        words = [word.partition("=")[0] for word in found if str(word).startswith("--")]
+        keys = found if isinstance(found, dict) else [w.removeprefix("--") for w in words]
+        known = [f.name for f in dataclasses.fields(_arguments()) if f.name.startswith(PREFIX)]
+        host = {f: word for word, f in (_UNSET_BY_DEFAULT | _OTHER_WORDS).items()}
+        host["target_modules"] = "lora_target"
+        refuse_unknown_keys(keys, known, f"{PREFIX}{{}}".format, host)
+        return found
+
+    read_known.moelora = True  # type: ignore[attr-defined]
+    return read_known
 
 
 @functools.cache

@@ -22,9 +22,8 @@ from ...checkpoint import read_adapter_config, resolve_adapter, verify_weights
 from ...config import PEFT_TYPE, MoeLoraConfig
 from ...errors import ConfigError, ExportError, MissingDependencyError
 from ...hf_trainer import optimizer_arguments
-from ...model import MoeLoraModel, find_tuner, routed_layers
+from ...model import active_configs, find_tuner
 from ...optim import OPTIMIZERS, RiemannianAdamW, build_optimizer
-from ...trainer_callbacks import logged_aux_losses
 from ..options import adapter_config, refuse_disagreement
 
 ADAPTER = "moelora"
@@ -88,8 +87,8 @@ def register_converter() -> None:
     converter.DataConverterPlugin(TEXT).register()(prompt_and_completion)
 
 
-def register_aux_losses() -> None:
-    """Make v1's trainers scale and log the adapter's auxiliary losses.
+def register_trainer() -> None:
+    """Make v1's trainers watch the adapter, and scale and log its auxiliary losses.
 
     A trainer makes its own list of callbacks, and its commands pass none on.
     """
@@ -100,15 +99,20 @@ def register_aux_losses() -> None:
         return
 
     @functools.wraps(fit)
-    def fit_with_aux_losses(trainer: Any, *args: Any, **keywords: Any) -> Any:
+    def fit_with_callbacks(trainer: Any, *args: Any, **keywords: Any) -> Any:
         tuner = find_tuner(trainer.model)
-        if tuner is not None and any(tuner.config_of(a).aux_losses for a in tuner.active_adapters):
-            # In front of the callback that writes the log.
-            trainer.callback_handler.callbacks.insert(0, _aux_loss_callback(tuner))
+        if tuner is not None:
+            from .v1_callbacks import aux_loss_callback, guard_callback, refuse_other_checkpoint
+
+            refuse_other_checkpoint(trainer)
+            callbacks = trainer.callback_handler.callbacks
+            callbacks.append(guard_callback())
+            if any(config.aux_losses for config in active_configs(trainer.model).values()):
+                callbacks.insert(0, aux_loss_callback(tuner))  # before that which writes the log
         return fit(trainer, *args, **keywords)
 
-    fit_with_aux_losses.moelora = True  # type: ignore[attr-defined]
-    BaseTrainer.fit = fit_with_aux_losses
+    fit_with_callbacks.moelora = True  # type: ignore[attr-defined]
+    BaseTrainer.fit = fit_with_callbacks
 
 
 def adapted_model(
@@ -273,27 +277,6 @@ def _text(message: Mapping[str, Any], eos: str = "") -> str:
         )
     end = eos if message["role"] == "assistant" else ""
     return "".join(part["value"] for part in message["content"]) + end
-
-
-def _aux_loss_callback(tuner: MoeLoraModel) -> Any:
-    from llamafactory.v1.utils.callbacks import TrainerCallback
-
-    class Callback(TrainerCallback):  # type: ignore[misc]
-        """What our callback of transformers' Trainer does, at v1's events."""
-
-        def on_train_begin(
-            self, args: Any, state: Any, train_dataloader: Any = None, **_: Any
-        ) -> None:
-            # Every update has as many micro-batches, whatever the batching strategy.
-            tuner.aux_losses.scale = 1.0 / train_dataloader.num_micro_batch
-
-        def on_log(self, args: Any, state: Any, logs: dict[str, Any], **_: Any) -> None:
-            logs.update(logged_aux_losses(routed_layers(tuner).values()))
-
-        def on_train_end(self, args: Any, state: Any, **_: Any) -> None:
-            tuner.aux_losses.scale = 1.0
-
-    return Callback()
 
 
 def _merge_that_explains(merge: Callable[..., Any], get_args: Callable[..., Any]) -> Any:

@@ -14,9 +14,16 @@ from swift.arguments.tuner_args import TunerArguments
 from ...checkpoint import CONFIG_FILE, read_adapter_config
 from ...config import PEFT_TYPE, MoeLoraConfig
 from ...errors import ConfigError
-from ...lookup import nearest
 from ...optim import OPTIMIZERS
-from ..options import adapter_config, option_types, option_value, refuse_disagreement, takes_mapping
+from ..options import (
+    adapter_config,
+    option_types,
+    option_value,
+    preset_fields,
+    refuse_disagreement,
+    refuse_unknown_keys,
+    takes_mapping,
+)
 
 TUNER_TYPE = "moelora"
 PREFIX = "moelora_"
@@ -39,7 +46,33 @@ _REFUSED = {
     "init_weights": f"remove it, or use {PREFIX}init",
     "use_swift_lora": "remove it",
     "tuner_backend": "remove it",
+    "lorap_lr_ratio": "use optimizer gradamw (or another of moelora's) and optim_args "
+    "lora_plus_ratio=...",
+    "use_galore": "remove it",
+    "lisa_activated_layers": "remove it",
+    "use_vllm": "remove it; vLLM knows no routers",
+    **dict.fromkeys(
+        (
+            "freeze_parameters",
+            "freeze_parameters_regex",
+            "freeze_parameters_ratio",
+            "trainable_parameters",
+            "trainable_parameters_regex",
+        ),
+        "it is for tuner_type full; name modules that train whole in modules_to_save",
+    ),
 }
+# What belongs to swift's other tuners, by how its name begins.
+_OTHER_TUNERS = (
+    "lora_ga_",
+    "fourier_",
+    "boft_",
+    "vera_",
+    "adapter_",
+    "adalora_",
+    "llamapro_",
+    "reft_",
+)
 # The same for our optimizers.
 _REFUSED_BY_OPTIMIZERS = {
     "lorap_lr_ratio": "use optim_args lora_plus_ratio=...",
@@ -114,14 +147,31 @@ def moelora_config(args: Any, **from_the_model: Any) -> MoeLoraConfig:
         ConfigError: an option that is unknown, out of range or not possible with this adapter.
     """
     defaults = _defaults()
-    for name, remedy in _REFUSED.items():
+    others = {
+        name: "it belongs to another tuner; remove it"
+        for name in defaults
+        if name.startswith(_OTHER_TUNERS)
+    }
+    for name, remedy in {**_REFUSED, **others}.items():
+        default = defaults.get(name, False)  # of `rlhf` alone
         # swift turns the text "true" into True on its way.
-        if str(getattr(args, name)).lower() != str(defaults[name]).lower():
+        if str(getattr(args, name, default)).lower() != str(default).lower():
             raise ConfigError(f"{name} does not go with tuner_type {TUNER_TYPE}: {remedy}.")
     words = _set_words(args)
     if _command_line() is None:  # a default may be what was meant
         words = {key: getattr(args, name) for key, name in _SWIFT_WORDS.items()}
     return adapter_config(_options(args), {**words, **from_the_model})
+
+
+def targets_are_the_presets(args: Any) -> bool:
+    """Whether a preset that lists target modules is to choose them: the run names none itself.
+
+    A preset's "all-linear" is swift's own default, which leaves out a frozen vision tower.
+    """
+    named = _command_line_words() & {"target_modules", "target_regex"}
+    chosen = args.target_modules != _defaults()["target_modules"]
+    listed = isinstance(preset_fields(_options(args)).get("target_modules"), list)
+    return listed and not named and not chosen
 
 
 def refuse_other_type(folder: str) -> dict[str, Any]:
@@ -188,22 +238,24 @@ def refuse_unreadable_options() -> None:
 
 def _options(args: Any) -> dict[str, Any]:
     """Our options by their names in MoeLoraConfig."""
+    refuse_unknown_keys(
+        {*(_command_line() or ()), *(args.model_kwargs or {})},
+        [PREFIX + name for name in OPTION_TYPES],
+        f"{PREFIX}{{}}".format,
+        {**_SWIFT_WORDS, **{name: name for name in _FROM_THE_MODEL}},
+    )
     options = {
         key.removeprefix(PREFIX): value
         for key, value in (args.model_kwargs or {}).items()
         if key.startswith(PREFIX)
     }
-    for key in options:
-        if key not in OPTION_TYPES:
-            close = nearest(key, OPTION_TYPES)
-            hint = f"did you mean {' or '.join(PREFIX + c for c in close)}? " if close else ""
-            raise ConfigError(
-                f"model_kwargs has no key {PREFIX}{key}; {hint}valid keys are "
-                f"{', '.join(PREFIX + name for name in OPTION_TYPES)}."
-            )
     for name in OPTION_TYPES:
-        if (value := getattr(args, PREFIX + name, None)) is not None:
-            options[name] = value
+        value = getattr(args, PREFIX + name, None)
+        if value is not None and options.setdefault(name, value) != value:
+            raise ConfigError(
+                f"{PREFIX}{name} is {value!r}, and {options[name]!r} in model_kwargs; remove one "
+                "of the two."
+            )
     return {name: option_value(name, value, PREFIX + name) for name, value in options.items()}
 
 
@@ -222,17 +274,25 @@ def _command_line() -> set[str] | None:
 
     None where the arguments come from Python code.
     """
+    names = _command_line_words()
+    return names if "tuner_type" in names else None
+
+
+def _command_line_words() -> set[str]:
     ray = os.environ.get("RAY_SWIFT_ARGS")
     words = json.loads(ray) if ray else sys.argv[1:]
-    names = {
+    return {
         word.partition("=")[0].removeprefix("--").replace("-", "_")
         for word in words
         if word.startswith("--")
     }
-    return names if "tuner_type" in names else None
 
 
 def _defaults() -> dict[str, Any]:
     from swift.arguments import SftArguments
 
-    return {f.name: f.default for f in fields(SftArguments) if f.default is not MISSING}
+    return {
+        f.name: f.default_factory() if f.default_factory is not MISSING else f.default
+        for f in fields(SftArguments)
+        if f.default is not MISSING or f.default_factory is not MISSING
+    }

@@ -9,7 +9,8 @@ from swift.tuner_plugin.base import PeftTuner
 from swift.utils import get_logger
 from torch import nn
 
-from .arguments import moelora_config, refuse_other_type
+from ...errors import ConfigError
+from .arguments import moelora_config, refuse_other_type, targets_are_the_presets
 
 # As swift's own LoRA has them; what is not here ("embedding") has no PEFT task.
 _TASK_TYPES = {
@@ -33,9 +34,10 @@ class MoeLoraTuner(PeftTuner):  # type: ignore[misc]
         """
         from swift.pipelines.train.tuner import get_modules_to_save, get_target_modules
 
+        targets = None if targets_are_the_presets(args) else get_target_modules(args, model)
         config = moelora_config(
             args,
-            target_modules=get_target_modules(args, model),
+            target_modules=targets,
             modules_to_save=get_modules_to_save(args, model, args.task_type) or None,
         )
         config.task_type = _TASK_TYPES.get(args.task_type)
@@ -43,15 +45,27 @@ class MoeLoraTuner(PeftTuner):  # type: ignore[misc]
         return get_peft_model(model, config)
 
     @staticmethod
-    def from_pretrained(model: nn.Module, model_id: str, **kwargs: Any) -> PeftModel:
-        """The model with a saved adapter.
+    def from_pretrained(
+        model: nn.Module, model_id: str, adapter_name: str = "default", **kwargs: Any
+    ) -> PeftModel:
+        """The model with a saved adapter, beside those that it has (`ref_adapters`).
 
         Raises:
-            ConfigError: it is an adapter of another type.
+            ConfigError: it is an adapter of another type, or its name is taken.
         """
         refuse_other_type(model_id)
-        loaded: PeftModel = PeftTuner.from_pretrained(model, model_id, **kwargs)
-        return loaded
+        if not isinstance(model, PeftModel):
+            loaded: PeftModel = PeftTuner.from_pretrained(
+                model, model_id, adapter_name=adapter_name, **kwargs
+            )
+            return loaded
+        if adapter_name in model.peft_config:
+            raise ConfigError(
+                f"adapters names a second adapter, {model_id}, and one answers at a time; name one "
+                "alone, or with `swift deploy` give each a name (--adapters a=FOLDER b=FOLDER)."
+            )
+        model.load_adapter(model_id, adapter_name, **kwargs)
+        return model
 
     @staticmethod
     def save_pretrained(
