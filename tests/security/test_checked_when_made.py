@@ -88,10 +88,12 @@ def test_a_misspelt_name_of_any_family_offers_the_nearest(kind):
         assert f"Unknown {kind.what} {misspelt!r}" in str(caught.value)
 
 
-@pytest.mark.parametrize(("kind", "name"), PARTS, ids=lambda x: getattr(x, "name", x))
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [part for part in PARTS if part[0].key != "scale"],  # which has no options
+    ids=lambda x: getattr(x, "name", x),
+)
 def test_a_misspelt_option_of_any_part_is_named(kind, name):
-    if kind.key == "scale":
-        pytest.skip("scales have no options")
     with pytest.raises(ConfigError) as caught:
         MoeLoraConfig(**with_part(kind, name, {"no_such_option": 1}))
     message = str(caught.value)
