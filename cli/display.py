@@ -7,6 +7,8 @@ import time
 
 from rich.console import Console, RenderableType
 
+from moelora_plugin.text import block, plain
+
 _LAUNCHER_SECONDS = 30  # the first takes some to leave Python, on a busy machine
 
 
@@ -28,9 +30,10 @@ def display_error(error: Exception) -> None:
     """
     if os.environ.get("RANK", "0") != "0":
         time.sleep(_LAUNCHER_SECONDS)
-    _print_line(Console(stderr=True), f"Error: {' '.join(str(error).split())}", style="red")
+    _print_line(Console(stderr=True), f"Error: {' '.join(plain(error).split())}", style="red")
 
 
 def _print_line(console: Console, line: str, style: str | None = None) -> None:
     # As it stands: brackets in it are no markup, and paths must not break where they are copied.
-    console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+    text = block(line)
+    console.print(text, style=style, markup=False, emoji=False, highlight=False, soft_wrap=True)

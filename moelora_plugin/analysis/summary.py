@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Group
-from rich.markup import escape
-from rich.table import Table
 from safetensors import safe_open
 
 from ..checkpoint import (
@@ -22,6 +20,7 @@ from ..checkpoint import (
 )
 from ..config import PEFT_TYPE, MoeLoraConfig
 from ..errors import AdapterError
+from ..tables import PlainTable, shown
 from .names import natural_order, short_name
 
 
@@ -70,9 +69,9 @@ class AdapterSummary:
         }
         if "recipe" in self.manifest:
             rows["trained"] = self._training()
-        head = Table(show_header=False, box=None, pad_edge=False)
+        head = PlainTable(show_header=False, box=None, pad_edge=False)
         for name, value in rows.items():
-            head.add_row(f"[bold]{name}[/bold]", escape(value))
+            head.add_row(shown(name, "bold"), value)
         return Group(head, *self._load_table())
 
     def _experts(self) -> str:
@@ -98,11 +97,11 @@ class AdapterSummary:
             f"steps, final mean loss {self.manifest['train_loss']:.4f}"
         )
 
-    def _load_table(self) -> list[Table]:
+    def _load_table(self) -> list[PlainTable]:
         routing = self.manifest.get("routing") or {}
         if not routing:
             return []
-        table = Table(title="Expert load (share of selections)", title_justify="left")
+        table = PlainTable(title="Expert load (share of selections)", title_justify="left")
         table.add_column("layer", overflow="fold")
         for column in ("least", "most", "unused", "entropy / log E"):
             table.add_column(column, justify="right")

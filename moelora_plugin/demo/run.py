@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from ..analysis.plots import plot_expert_load, plot_loss
 from ..checkpoint import read_manifest
@@ -16,6 +14,8 @@ from ..errors import ConfigError
 from ..evaluation import BASE, EvaluationReport, EvaluationRequest, evaluate
 from ..export import export_adapter
 from ..files import refuse_existing
+from ..tables import PlainTable, shown
+from ..text import plain
 from ..training import TrainResult, load_recipe, train
 from .sources import base_model, hub_reachable, sst2_folder
 
@@ -47,16 +47,16 @@ class DemoResult:
     pictures: tuple[Path, ...]
     seconds: float
 
-    def table(self) -> Table:
+    def table(self) -> PlainTable:
         """For the terminal."""
         measured = self.evaluation.tasks[TASK]
         ((adapter, difference),) = measured.differences.items()
         low, high = difference.interval
         before, after = (100 * measured.metrics[name]["acc"].value for name in (BASE, adapter))
-        table = Table(title="moelora demo", show_header=False)
-        table.add_row("Data", escape(self.data))
+        table = PlainTable(title="moelora demo", show_header=False)
+        table.add_row("Data", self.data)
         table.add_row("Accuracy, base", f"{before:.1f} % of {measured.n}")
-        table.add_row("Accuracy, adapter", f"[bold]{after:.1f} %[/bold]")
+        table.add_row("Accuracy, adapter", shown(f"{after:.1f} %", "bold"))
         table.add_row(
             "Difference",
             f"{100 * difference.value:+.1f} points, 95 % interval "
@@ -66,10 +66,10 @@ class DemoResult:
             "Time", f"{self.training.seconds:.0f} s training, {self.seconds:.0f} s in all"
         )
         table.add_row("Trainable parameters", f"{self.training.trainable_parameters:,}")
-        table.add_row("Adapter to share", escape(str(self.exported)))
-        table.add_row("Scores", escape(str(self.evaluation.path)))
+        table.add_row("Adapter to share", str(self.exported))
+        table.add_row("Scores", str(self.evaluation.path))
         for picture in self.pictures:
-            table.add_row("Picture", escape(str(picture)))
+            table.add_row("Picture", str(picture))
         return table
 
 
@@ -105,7 +105,9 @@ def run_demo(
     from_hub = hub_reachable()
     base = base_model(from_hub)
     folder, source = sst2_folder(data_dir, from_hub, out)
-    console.print(f"base: {base}\ndata: {source}", markup=False, highlight=False, soft_wrap=True)
+    for line in (f"base: {base}", f"data: {source}"):
+        text = plain(line)
+        console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     console.rule("2/4  training")
     overrides = [f"model.name={base}", f"seed={seed}"]

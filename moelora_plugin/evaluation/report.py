@@ -13,6 +13,7 @@ from moelora_eval_tasks.scoring import SCORE
 from moelora_eval_tasks.task import PARSED
 
 from ..files import write_text
+from ..text import plain
 from .documents import Document, documents_file, documents_of, write_documents
 from .expert_use import ExpertUse
 from .harness import Predictions
@@ -20,7 +21,7 @@ from .overlap import overlap_warnings
 from .statistics import Difference, Estimate, Measurement, noise_warning
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from ..tables import PlainTable
 
 FORMAT_VERSION = 2
 NOISE_MARK = "~"  # before a difference that is within noise
@@ -56,19 +57,20 @@ class EvaluationReport:
         """What must be known before the scores are quoted, a sentence each."""
         return cautions(self.tasks, self.groups, self.details)
 
-    def table(self) -> Table:
+    def table(self) -> PlainTable:
         """A table for the terminal, in points (times 100), with the warnings under it."""
         from rich.box import SIMPLE_HEAD
-        from rich.table import Table
+
+        from ..tables import PlainTable, shown
 
         compared = self.reference is not None
         title = "Scores x 100 ± standard error"
         if compared:
             title += f"; difference from {self.reference} [95 %], {NOISE_MARK} within noise"
         # Narrow enough for 80 columns: a number that wraps is hard to read, a name is not.
-        table = Table(
+        table = PlainTable(
             title=title,
-            caption="\n".join(self.warnings),
+            caption=shown("\n".join(map(plain, self.warnings)), "table.caption"),
             caption_justify="left",
             box=SIMPLE_HEAD,
             pad_edge=False,
@@ -165,7 +167,7 @@ def cautions(
     return found
 
 
-def _add_rows(table: Table, name: str, one: Measurement) -> None:
+def _add_rows(table: PlainTable, name: str, one: Measurement) -> None:
     """A row per metric and model."""
     for model, estimates in one.metrics.items():
         metrics = shown_metrics(estimates)

@@ -10,8 +10,6 @@ from pathlib import Path
 import torch
 from huggingface_hub import HfApi
 from rich.console import Group
-from rich.markup import escape
-from rich.table import Table
 from transformers import AutoConfig
 
 from ..analysis.names import short_name
@@ -30,6 +28,7 @@ from ..checkpoint import (
 from ..config import PEFT_TYPE
 from ..errors import ConfigError, ExportError, MissingDependencyError
 from ..files import atomic_directory, refuse_existing, write_json, write_text
+from ..tables import PlainTable, shown
 from .card import adapter_card, merged_card, public_base, read_scores
 from .merged import STRATEGIES, Merge, calibration_texts, merge_exact, merge_mean_gate
 
@@ -58,18 +57,19 @@ class ExportResult:
 
     def table(self) -> Group:
         """For the terminal: what was written and, for an approximation, how far off it is."""
-        head = Table(show_header=False, box=None, pad_edge=False)
-        head.add_row("[bold]written[/bold]", escape(str(self.out)))
-        head.add_row("[bold]files[/bold]", ", ".join(self.files))
+        head = PlainTable(show_header=False, box=None, pad_edge=False)
+        head.add_row(shown("written", "bold"), str(self.out))
+        head.add_row(shown("files", "bold"), ", ".join(self.files))
         if self.url:
-            head.add_row("[bold]pushed to[/bold]", self.url)
+            head.add_row(shown("pushed to", "bold"), self.url)
         if self.merge is None:
             return Group(head)
-        head.add_row("[bold]strategy[/bold]", self.merge.strategy)
+        head.add_row(shown("strategy", "bold"), self.merge.strategy)
         if not self.merge.layer_errors:
             return Group(head)
-        head.add_row("[bold]relative error, logits[/bold]", f"{self.merge.logit_error:.4f}")
-        errors = Table(title="Relative error of the update, worst layers", title_justify="left")
+        error = f"{self.merge.logit_error:.4f}"
+        head.add_row(shown("relative error, logits", "bold"), error)
+        errors = PlainTable(title="Relative error of the update, worst layers", title_justify="left")
         errors.add_column("layer", overflow="fold")
         errors.add_column("error", justify="right")
         worst = sorted(self.merge.layer_errors.items(), key=lambda item: -item[1])

@@ -28,7 +28,7 @@ from .compare import (
 from .runs import Run
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from ..tables import PlainTable
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class SeedComparison:
         }
         object.__setattr__(self, "adjusted", holm(tests))
 
-    def tables(self) -> list[Table]:
+    def tables(self) -> list[PlainTable]:
         """For the terminal, in points (times 100)."""
         means = table_of(
             "Scores x 100 over training seeds",

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from rich.table import Table
 from torch.utils.data import DataLoader
 from transformers import set_seed
 
 from moelora_eval_tasks.catalog import resolve
 
 from ..files import refuse_existing, write_json
+from ..tables import PlainTable
 from ..training import Recipe
 from ..training.arguments import training_arguments
 from ..training.base import load_model, load_processor
@@ -35,9 +35,9 @@ class SearchResult:
     file: Path
     found: GuiLoMoResult
 
-    def table(self) -> Table:
+    def table(self) -> PlainTable:
         """The allocation for a terminal."""
-        table = Table("Module", title=f"Allocation in {self.file}", title_justify="left")
+        table = PlainTable("Module", title=f"Allocation in {self.file}", title_justify="left")
         table.add_column("Experts", justify="right")
         table.add_column("Ranks", overflow="fold")
         for name, entry in self.found.modules.items():

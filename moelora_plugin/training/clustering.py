@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.table import Table
 
 from moelora_eval_tasks.catalog import resolve
 
@@ -18,6 +17,7 @@ from ..clusters import (
 )
 from ..files import refuse_existing
 from ..lookup import lookup
+from ..tables import PlainTable
 from .base import load_model, load_processor
 from .data import load_data, refuse_images
 from .recipe import Recipe
@@ -37,9 +37,9 @@ class ClusterResult:
     method: str
     sizes: tuple[int, ...]
 
-    def table(self) -> Table:
+    def table(self) -> PlainTable:
         """The result for a terminal."""
-        table = Table("", "", title="Clusters", show_header=False)
+        table = PlainTable("", "", title="Clusters", show_header=False)
         table.add_row("Method", self.method)
         table.add_row("Training prompts", f"{sum(self.sizes):,}")
         table.add_row("Clusters", f"{len(self.sizes):,}")

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import ConfigError
+from ..tables import PlainTable
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,9 @@ class TrainResult:
     cut_rows: int
     log_history: list[dict[str, Any]]
 
-    def table(self) -> Table:
+    def table(self) -> PlainTable:
         """The result for a terminal."""
-        table = Table("", "", title="Training", show_header=False)
+        table = PlainTable("", "", title="Training", show_header=False)
         table.add_row("Steps", f"{self.steps:,}")
         table.add_row("Training loss", f"{self.train_loss:.4f}")
         if self.eval_loss is not None:
