@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ..tables import PlainTable
 
 FORMAT_VERSION = 2
+EVALUATION_BYTES = 2**30  # of the JSON: tens of millions of predictions
 NOISE_MARK = "~"  # before a difference that is within noise
 _LONG = ("predictions", "expert_use")
 

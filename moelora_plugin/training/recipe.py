@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..types import OptimizerName
-from .schema import from_mapping, require
+from ..schema import from_mapping, require
 from .yaml_files import apply_override, read_recipe_file, section
 
 

@@ -33,7 +33,7 @@ from .callbacks import RoutingLog, record_routing
 from .data import Collator, TrainingData, collator_for, load_data, refuse_images
 from .recipe import Recipe
 from .result import RunFolder, TrainResult
-from .schema import require
+from ..schema import require
 from .trainer import MoeLoraTrainer
 
 logger = logging.getLogger(__name__)

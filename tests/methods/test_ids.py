@@ -37,7 +37,7 @@ from moelora_plugin.training import train
 from moelora_plugin.training.data import load_data
 from moelora_plugin.training.examples import AnswerCollator
 from moelora_plugin.training.recipe import Recipe
-from moelora_plugin.training.schema import from_mapping
+from moelora_plugin.schema import from_mapping
 
 TASK = {"router_input": "task", "router_score": "embedding"}
 TASK_IDS = torch.tensor([1, 0, 2])
