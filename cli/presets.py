@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.box import SIMPLE_HEAD
 
-from moelora_plugin.tables import PlainTable, shown
+from moelora_plugin.tables import PlainTable, plain_grid, shown
 
 from .display import display
 from .options import examples
@@ -114,7 +114,7 @@ def _facts(name: str, preset: Preset) -> PlainTable:
         **{f"Needs {key}": what for key, what in preset.needs.items()},
         "Calls": preset.usage,
     }
-    table = PlainTable.grid(padding=(0, 2))
+    table = plain_grid((0, 2))
     for label, text in facts.items():
         if text:
             table.add_row(shown(label, "bold"), text)
@@ -141,7 +141,7 @@ def _paragraph(title: str, sentences: Iterable[str]) -> list[str | PlainTable]:
     sentences = list(sentences)
     if not sentences:
         return []
-    table = PlainTable.grid(padding=(0, 1))
+    table = plain_grid((0, 1))
     for sentence in sentences:
         table.add_row("-", sentence)
     return [title, table]

@@ -37,6 +37,7 @@ from .errors import (
 from .files import atomic_directory, sha256_of, write_json
 from .model import moelora_layers
 from .processors import holds_processor, load_processor
+from .reading import read_json
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -320,14 +321,4 @@ def _refuse_missing_tensors(folder: Path, model: PeftModel) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise AdapterError(
-            f"{path} is not valid JSON ({first_line(error)}); save it again."
-        ) from error
-    if not isinstance(content, dict):
-        raise AdapterError(
-            f"{path} holds a {type(content).__name__}, not an object; save it again."
-        )
-    return content
+    return read_json(path, remedy="save or download it again", error=AdapterError)

@@ -78,7 +78,7 @@ def from_mapping(
     Raises:
         ConfigError: a key is unknown or missing, or a value has the wrong type.
     """
-    hints = _hints(cls)
+    hints = _hints(cls)  # type: ignore[arg-type]
     if source.is_strict:
         for key in values:
             if key not in hints:
@@ -108,7 +108,7 @@ def require(
 
 
 @lru_cache
-def _hints(cls: type) -> dict[str, Any]:
+def _hints(cls: Any) -> dict[str, Any]:
     """The types of the fields that files may have."""
     hints = get_type_hints(cls)
     fields = dataclasses.fields(cls)

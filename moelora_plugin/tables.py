@@ -17,7 +17,7 @@ def shown(text: object, style: str = "") -> Text:
 
 
 class PlainTable(Table):
-    """rich's table. A string in it is one line, shown as it is; for a style or lines pass `shown`."""
+    """rich's table. A string in it is a line that is shown as it is; pass `shown` for more."""
 
     def add_column(self, header: Any = "", *arguments: Any, **options: Any) -> None:
         """As rich's."""
@@ -32,6 +32,13 @@ class PlainTable(Table):
         self.title = _one_line(self.title, "table.title")
         self.caption = _one_line(self.caption, "table.caption")
         yield from super().__rich_console__(console, options)
+
+
+def plain_grid(padding: tuple[int, int]) -> PlainTable:
+    """A table without lines and headers."""
+    grid = PlainTable.grid(padding=padding)
+    assert isinstance(grid, PlainTable)  # rich makes one of the class it is asked of
+    return grid
 
 
 def _one_line(part: Any, style: str = "") -> Any:

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from moelora_plugin.errors import DataError, first_line
-from moelora_plugin.files import atomic_directory
+from moelora_plugin.files import atomic_directory, check_out_folder
 
 from .. import images
 
@@ -68,6 +68,7 @@ def prepare(
     import pyarrow.parquet as pq
 
     out = data_dir / FOLDER
+    check_out_folder(out, overwrite=overwrite)
     rows, names = _read_annotations(source)
     found = _find_images(source, names)
     with atomic_directory(out, overwrite=overwrite) as folder:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
 
-from ..tables import PlainTable, shown
+from ..tables import PlainTable, plain_grid, shown
 
 if TYPE_CHECKING:
     from .plan import AdapterPlan, Use
@@ -38,7 +38,7 @@ def _facts(plan: AdapterPlan) -> PlainTable:
     }
     if not plan.frozen_entries:
         del rows["not trained"]
-    table = PlainTable.grid(padding=(0, 2))
+    table = plain_grid((0, 2))
     for name, value in rows.items():
         table.add_row(shown(name, "bold"), value)
     return table

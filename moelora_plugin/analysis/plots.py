@@ -87,5 +87,5 @@ def _figure(width: float, height: float) -> Figure:
 
 def _save(figure: Figure, out: Path) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=150)
+    figure.savefig(out, dpi=150, format="png")
     return out

@@ -13,7 +13,8 @@ from ..checkpoint import read_manifest
 from ..errors import ConfigError
 from ..evaluation import BASE, EvaluationReport, EvaluationRequest, evaluate
 from ..export import export_adapter
-from ..files import refuse_existing
+from ..files import check_out_folder, file_in, remove_if_bare
+from ..marks import write_mark
 from ..tables import PlainTable, shown
 from ..text import plain
 from ..training import TrainResult, load_recipe, train
@@ -98,12 +99,14 @@ def run_demo(
     began = time.perf_counter()
     if steps is not None and steps < 1:  # transformers would take 0 for "as the epochs say"
         raise ConfigError(f"steps is {steps}, expected at least 1; change --steps.")
-    refuse_existing(out, overwrite=overwrite)
+    check_out_folder(out, overwrite=overwrite, is_whole=False)
     console = Console(stderr=True)
 
     console.rule("1/4  base model and data")
     from_hub = hub_reachable()
     base = base_model(from_hub)
+    out.mkdir(parents=True, exist_ok=True)
+    write_mark(out, ())
     folder, source = sst2_folder(data_dir, from_hub, out)
     for line in (f"base: {base}", f"data: {source}"):
         text = plain(line)
@@ -115,7 +118,10 @@ def run_demo(
         # At least one point for the loss curve.
         overrides += [f"training.max_steps={steps}", f"training.logging_steps={min(steps, 5)}"]
     recipe = load_recipe(_RECIPE, overrides, data_dir=folder, output_dir=out / "run")
-    trained = train(recipe, overwrite=overwrite)
+    try:
+        trained = train(recipe, overwrite=overwrite)
+    finally:
+        remove_if_bare(out)
 
     console.rule("3/4  evaluation, base and adapter on the same rows")
     report = evaluate(
@@ -134,16 +140,16 @@ def run_demo(
     console.rule("4/4  export")
     export_adapter(trained.adapter_dir, out / "adapter", eval_file=report.path, overwrite=overwrite)
     routing = read_manifest(trained.adapter_dir)["routing"]
-    pictures = (
-        plot_loss(trained.log_history, out / "loss.png", "Film comments, gRAdamW 20/10/4"),
-        plot_expert_load(routing, out / "expert_load.png", "Expert load on film comments"),
-    )
+    with file_in(out, "loss.png") as picture:
+        plot_loss(trained.log_history, picture, "Film comments, gRAdamW 20/10/4")
+    with file_in(out, "expert_load.png") as picture:
+        plot_expert_load(routing, picture, "Expert load on film comments")
     return DemoResult(
         out=out,
         data=source,
         training=trained,
         evaluation=report,
         exported=out / "adapter",
-        pictures=pictures,
+        pictures=(out / "loss.png", out / "expert_load.png"),
         seconds=time.perf_counter() - began,
     )

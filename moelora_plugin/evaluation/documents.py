@@ -16,7 +16,6 @@ DuckDB can read them. Columns, one row per document:
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +31,14 @@ if TYPE_CHECKING:
 
 THUMBNAIL = 256  # pixels
 _QUALITY = 75
-_NEVER_NULL = {"task": str, "doc": int, "prompt": str, "answer": str, "answers": dict, "right": dict}
+_NEVER_NULL = {
+    "task": str,
+    "doc": int,
+    "prompt": str,
+    "answer": str,
+    "answers": dict,
+    "right": dict,
+}
 
 Document = dict[str, Any]
 
@@ -42,8 +48,19 @@ def documents_file(report: Path) -> Path:
     return report.with_name(f"{report.stem}_documents.parquet")
 
 
+def holds_documents(path: Path) -> bool:
+    """Whether a file is the documents of a run."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return has_columns_of_ours(pq.read_schema(path))
+    except (pa.ArrowException, OSError):
+        return False
+
+
 def write_documents(path: Path, documents: Iterable[Document], models: Sequence[str]) -> str:
-    """Write documents whole or not at all.
+    """Write documents.
 
     Args:
         path: the file.
@@ -56,16 +73,9 @@ def write_documents(path: Path, documents: Iterable[Document], models: Sequence[
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        table = pa.Table.from_pylist(list(documents), schema=_schema(models))
-        pq.write_table(table, temporary, compression="zstd")
-        digest = sha256_of(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return digest
+    table = pa.Table.from_pylist(list(documents), schema=_schema(models))
+    pq.write_table(table, path, compression="zstd")
+    return sha256_of(path)
 
 
 def documents_of(

@@ -18,7 +18,7 @@ from moelora_eval_tasks.loading import load_split
 from moelora_eval_tasks.prompts import render
 
 from ..errors import ConfigError, DataError
-from ..files import atomic_directory, refuse_existing, write_text
+from ..files import atomic_directory, check_out_folder, write_text
 from ..lookup import lookup, unknown_name_message
 from ..presets import PRESETS
 
@@ -135,7 +135,8 @@ def write_config(
         data: a JSONL file of one's own, used where it lies.
         data_dir: where to read the task's rows; None is the hub.
         out: the folder; None is `moelora-<host>`.
-        overwrite: replace the files that are there. Others in the folder stay.
+        overwrite: replace the files that an earlier call wrote there. What has been changed since
+            is kept as NAME.old, and others in the folder stay.
 
     Raises:
         ConfigError: an unknown host, preset or task; two sources of rows; a folder in use.
@@ -150,7 +151,7 @@ def write_config(
     preset = SHORT_PRESETS.get(preset, preset)
     modules = _target_modules(preset)
     folder = out or Path(f"moelora-{host}")
-    refuse_existing(folder, overwrite=overwrite)
+    check_out_folder(folder, overwrite=overwrite)
     values = {
         "model": Path(model).absolute().as_posix() if Path(model).is_dir() else model,
         "preset": preset,
@@ -177,7 +178,9 @@ def write_config(
     evaluate = f"moelora eval --adapter {chosen.adapter} --compare-base --tasks {values['task']}"
     if data_dir is not None:
         evaluate += f" --data-dir {Path(data_dir).absolute()}"
-    _write(folder, texts)
+    with atomic_directory(folder, overwrite=overwrite) as temporary:
+        for name, text in texts.items():
+            write_text(temporary / name, text)
     install = f"pip install moelora {chosen.install}"
     return Written(
         folder, tuple(sorted(texts)), rows, (install, f"cd {folder}", chosen.train, evaluate)
@@ -271,14 +274,3 @@ def _check_rows(file: Path, host: Host) -> None:
             f"The first row of --data {file} has not the texts {', '.join(expected)}; "
             "rename its keys."
         )
-
-
-def _write(folder: Path, texts: Mapping[str, str]) -> None:
-    """All of the files or none; where the folder is in use, what else it holds stays."""
-    if folder.is_dir() and any(folder.iterdir()):
-        for name, text in texts.items():
-            write_text(folder / name, text)
-        return
-    with atomic_directory(folder, overwrite=True) as temporary:
-        for name, text in texts.items():
-            write_text(temporary / name, text)

@@ -150,7 +150,9 @@ def read_run(path: str | Path) -> Run:
             f"{file} is not a file that `moelora eval` has written ({reason}); name one that is."
         ) from None
     if not isinstance(content, dict) or "format_version" not in content:
-        raise ConfigError(f"{file} is not a file that `moelora eval` has written; name one that is.")
+        raise ConfigError(
+            f"{file} is not a file that `moelora eval` has written; name one that is."
+        )
     version = content["format_version"]
     if type(version) is not int or version != FORMAT_VERSION:
         raise ConfigError(
@@ -222,7 +224,9 @@ def _check(found: _Content, details: Mapping[str, Any]) -> None:
         require(is_name, "documents.file", file, "the name of a file beside this one", _SOURCE)
 
 
-def _check_measurement(key: str, one: Measurement, models: list[str], reference: str | None) -> None:
+def _check_measurement(
+    key: str, one: Measurement, models: list[str], reference: str | None
+) -> None:
     require(one.n > 0, f"{key}.n", one.n, "a row or more", _SOURCE)
     _check_models(f"{key}.metrics", one.metrics, models)
     first = one.metrics[models[0]]

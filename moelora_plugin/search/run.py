@@ -13,7 +13,8 @@ from transformers import set_seed
 
 from moelora_eval_tasks.catalog import resolve
 
-from ..files import refuse_existing, write_json
+from ..files import check_out_file, write_json
+from ..reading import read_json
 from ..tables import PlainTable
 from ..training import Recipe
 from ..training.arguments import training_arguments
@@ -71,7 +72,7 @@ def guilomo(
         DataError: the data is not what a task needs.
         MissingDependencyError: the base or the data is not here and the hub is out of reach.
     """
-    refuse_existing(out, overwrite=overwrite)
+    check_out_file(out, overwrite=overwrite, is_ours=holds_allocation)
     arguments = training_arguments(recipe, Path(recipe.output_dir))
     config = adapter_config(recipe)
     resolve(recipe.data.tasks)
@@ -98,3 +99,16 @@ def guilomo(
     )
     write_json(Path(out), found.modules)
     return SearchResult(Path(out), found)
+
+
+def holds_allocation(path: Path) -> bool:
+    """Whether a file is an allocation as this search writes it.
+
+    Raises:
+        ConfigError: it holds no JSON.
+    """
+    content = read_json(path, remedy="run `moelora search` again")
+    return bool(content) and all(
+        isinstance(entry, dict) and entry.keys() == {"num_experts", "ranks"}
+        for entry in content.values()
+    )

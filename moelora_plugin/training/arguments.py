@@ -11,8 +11,8 @@ from transformers import TrainingArguments
 
 from ..errors import ConfigError, first_line
 from ..lookup import unknown_name_message
-from .recipe import Recipe
 from ..schema import require
+from .recipe import Recipe
 
 # Fields that the recipe sets elsewhere; a second place to set them would be ignored or contradict.
 _SET_BY = {

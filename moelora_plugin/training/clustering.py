@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-
 from moelora_eval_tasks.catalog import resolve
 
 from ..base_model import default_device
@@ -15,7 +14,7 @@ from ..clusters import (
     read_prompts,
     require_scikit_learn,
 )
-from ..files import refuse_existing
+from ..files import check_out_folder
 from ..lookup import lookup
 from ..tables import PlainTable
 from .base import load_model, load_processor
@@ -75,7 +74,7 @@ def cluster(
         MissingDependencyError: scikit-learn, the base or the data is not here.
     """
     require_scikit_learn()
-    refuse_existing(out, overwrite=overwrite)
+    check_out_folder(out, overwrite=overwrite)
     kind = lookup("features", method, FEATURES)
     refuse_images(resolve(recipe.data.tasks), "are not compared; cluster tasks of text alone")
     processor = load_processor(recipe.model)

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ..types import OptimizerName
 from ..schema import from_mapping, require
+from ..types import OptimizerName
 from .yaml_files import apply_override, read_recipe_file, section
 
 

@@ -10,6 +10,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import ConfigError
+from ..files import check_out_folder, remove_if_bare, remove_own, set_aside
+from ..marks import write_mark
 from ..tables import PlainTable
 
 
@@ -66,11 +68,54 @@ class RunFolder:
             )
         return str(last)
 
-    def remove_empty_folders(self) -> None:
-        """Leave nothing of a run that has saved nothing; the Trainer makes its folder early."""
-        for folder in (self.checkpoints, self.path):
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
+    def check(self, *, overwrite: bool, checkpoint: str | None) -> None:
+        """Refuse a folder that another run, or somebody else, is using.
+
+        Args:
+            overwrite: replace the run that it holds.
+            checkpoint: what the run goes on from; one of this folder means this run.
+
+        Raises:
+            ConfigError: it holds something that must stay.
+        """
+        goes_on = checkpoint is not None and Path(checkpoint).resolve().parent == (
+            self.checkpoints.resolve()
+        )
+        for folder, is_whole in ((self.path, False), (self.adapter, True)):
+            check_out_folder(
+                folder, overwrite=overwrite or goes_on, key="output_dir", is_whole=is_whole
+            )
+
+    def begin(self) -> Path | None:
+        """Make the folder, and set the checkpoints of an earlier run aside.
+
+        Returns:
+            Where those are, for `restore`.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_mark(self.path, ())
+        return set_aside(self.checkpoints) if self.checkpoints.is_dir() else None
+
+    def restore(self, earlier: Path | None) -> None:
+        """Leave nothing of a run that has saved nothing; the Trainer makes its folder early.
+
+        Args:
+            earlier: what `begin` returned; it gets its place back if this is free.
+        """
+        if self.checkpoints.is_dir() and not any(self.checkpoints.iterdir()):
+            self.checkpoints.rmdir()
+        if earlier is not None and earlier.exists() and not self.checkpoints.exists():
+            earlier.rename(self.checkpoints)
+        remove_if_bare(self.path)
+
+    def finish(self) -> None:
+        """Remove what is ours of the checkpoints that were set aside."""
+        for earlier in self.path.glob(f"{self.checkpoints.name}.old*"):
+            for checkpoint in earlier.iterdir():
+                if checkpoint.is_dir() and not checkpoint.is_symlink():
+                    remove_own(checkpoint)
+            if not any(earlier.iterdir()):
+                earlier.rmdir()
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -25,15 +24,15 @@ from .. import MoeLoraConfig
 from ..checkpoint import save_adapter
 from ..clusters import ClusterAssigner
 from ..errors import ConfigError
-from ..files import refuse_existing, write_json, write_text
+from ..files import json_text, write_text_in
 from ..routers.scores.embedding import DEFAULT_NUM_IDS
+from ..schema import require
 from .arguments import training_arguments
 from .base import load_model, load_processor
 from .callbacks import RoutingLog, record_routing
 from .data import Collator, TrainingData, collator_for, load_data, refuse_images
 from .recipe import Recipe
 from .result import RunFolder, TrainResult
-from ..schema import require
 from .trainer import MoeLoraTrainer
 
 logger = logging.getLogger(__name__)
@@ -65,8 +64,7 @@ def train(
     """
     folder = RunFolder(Path(recipe.output_dir))
     checkpoint = None if resume is None else folder.checkpoint(resume)
-    if checkpoint is None:
-        refuse_existing(folder.path, overwrite=overwrite, key="output_dir")
+    folder.check(overwrite=overwrite, checkpoint=checkpoint)
     arguments = training_arguments(recipe, folder.checkpoints)
     config = adapter_config(recipe)
     tasks = resolve(recipe.data.tasks)
@@ -98,9 +96,10 @@ def train(
     trainable_parameters, _ = model.get_nb_trainable_parameters()
     collator = collator_for(processor)
 
+    earlier = None
     try:
         if checkpoint is None and arguments.should_save:
-            shutil.rmtree(folder.checkpoints, ignore_errors=True)  # there are some if we overwrite
+            earlier = folder.begin()
         trainer = _trainer(recipe, model, processor, data, collator, arguments, callbacks)
         outcome = trainer.train(resume_from_checkpoint=checkpoint)
         if not math.isfinite(outcome.training_loss):
@@ -113,7 +112,7 @@ def train(
         ) from error
     finally:
         if arguments.should_save:
-            folder.remove_empty_folders()
+            folder.restore(earlier)
     result = TrainResult(
         output_dir=folder.path,
         adapter_dir=folder.adapter,
@@ -133,8 +132,9 @@ def train(
             collator,
             batch_size=arguments.per_device_eval_batch_size,
         )
-        write_text(folder.recipe, yaml.safe_dump(recipe.to_dict(), sort_keys=False))
-        write_json(folder.log_history, result.log_history)
+        settings = yaml.safe_dump(recipe.to_dict(), sort_keys=False)
+        write_text_in(folder.path, folder.recipe.name, settings)
+        write_text_in(folder.path, folder.log_history.name, json_text(result.log_history))
         save_adapter(
             model,
             folder.adapter,
@@ -142,6 +142,7 @@ def train(
             manifest=_manifest(recipe, data, processor, result, routing),
             overwrite=overwrite or checkpoint is not None,
         )
+        folder.finish()
     return result
 
 

@@ -86,6 +86,7 @@ def rewrite(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 def test_what_is_saved(bases, saved):
     assert sorted(file.name for file in saved.iterdir()) == [
+        ".moelora.json",
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -142,10 +143,12 @@ def test_a_folder_that_holds_something_is_refused(bases, saved):
     )
 
 
-def test_overwriting_replaces_the_whole_folder(bases, saved):
-    (saved / "left over").write_text("from before")
+def test_overwriting_replaces_what_we_wrote(bases, saved):
+    names = {file.name for file in saved.iterdir()}
+    (saved / "notes.txt").write_text("mine")
     save_adapter(adapted(bases / "right"), saved, overwrite=True)
-    assert not (saved / "left over").exists()
+    assert (saved / "notes.txt").read_text() == "mine"
+    assert {file.name for file in saved.iterdir()} <= names | {"notes.txt"}
     assert "recipe" not in read_manifest(saved)
     assert list(saved.parent.iterdir()) == [saved]
 
@@ -200,7 +203,9 @@ def test_tensors_without_a_place_are_refused(saved):
 
 def test_a_file_that_is_not_json_is_refused(saved):
     (saved / "adapter_config.json").write_text('{"peft_type": "MOELORA"')
-    assert refusal(saved).startswith(f"{saved / 'adapter_config.json'} is not valid JSON (")
+    assert refusal(saved).startswith(
+        f"{saved / 'adapter_config.json'} cannot be read (it is not valid JSON: "
+    )
     (saved / "adapter_config.json").write_text("[]")
     assert "holds a list, not an object" in refusal(saved)
 

@@ -30,7 +30,10 @@ def test_each_row_has_its_prompt_and_what_each_model_answered(
     file = output.with_name(record["file"])
     assert record == {"file": "moelora_eval_documents.parquet", "sha256": sha256_of(file)}
     documents = read_documents(
-        file, record["sha256"], {name: one.n for name, one in written.tasks.items()}, ["base", "model"]
+        file,
+        record["sha256"],
+        {name: one.n for name, one in written.tasks.items()},
+        ["base", "model"],
     )
     assert list(documents) == tasks
     for task, rows in documents.items():

@@ -22,9 +22,9 @@ def documents_of(board: Scoreboard, most: int) -> list[dict[str, Any]]:
     for run in board.runs.values():
         record = run.details.get("documents")
         if record and (path := run.path.with_name(record["file"])).exists():
-            rows = {task: len(one.label) for task, one in run.predictions.items()}
+            numbers = {task: len(one.label) for task, one in run.predictions.items()}
             models = list(next(iter(run.predictions.values())).preds)
-            tables[str(run.path)] = read_documents(path, record["sha256"], rows, models)
+            tables[str(run.path)] = read_documents(path, record["sha256"], numbers, models)
     shown = []
     for task in board.tasks:
         by_model = {
