@@ -16,7 +16,7 @@ DEPTH = 100  # of lists and mappings in each other; ours are less than ten deep
 
 
 class Unreadable(ValueError):
-    """Why a file cannot be read, as part of one of our sentences."""
+    """Why a file cannot be read: what one of our sentences says of it ("is no regular file")."""
 
 
 def read_bytes(path: Path, most: int = MANIFEST_BYTES) -> bytes:
@@ -32,15 +32,15 @@ def read_bytes(path: Path, most: int = MANIFEST_BYTES) -> bytes:
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
-            raise Unreadable("it is no regular file")
+            raise Unreadable("is no regular file")
         if status.st_size > most:
-            raise Unreadable(f"it has {status.st_size:,} bytes and at most {most:,} are read")
+            raise Unreadable(f"has {status.st_size:,} bytes, of which at most {most:,} are read")
         with open(path, "rb") as file:
             content = file.read(most + 1)
     except OSError as error:
-        raise Unreadable(error.strerror or first_line(error)) from error
+        raise Unreadable(f"cannot be read ({error.strerror or first_line(error)})") from error
     if len(content) > most:  # of some files the system does not know the size
-        raise Unreadable(f"it has more than {most:,} bytes")
+        raise Unreadable(f"has more than {most:,} bytes")
     return content
 
 
@@ -62,13 +62,13 @@ def parse_json(content: bytes) -> Any:
     try:
         value = json.loads(_decode(content))
     except RecursionError:
-        raise Unreadable("it is nested too deeply") from None
+        raise Unreadable("is nested too deeply") from None
     except Unreadable:
         raise
     except ValueError as error:
-        raise Unreadable(f"it is not valid JSON: {first_line(error)}") from error
+        raise Unreadable(f"is not valid JSON ({first_line(error)})") from error
     if is_deep(value):
-        raise Unreadable("it is nested too deeply")
+        raise Unreadable("is nested too deeply")
     return value
 
 
@@ -93,7 +93,7 @@ def read_json(
     try:
         content = parse_json(read_bytes(path, most))
     except Unreadable as reason:
-        raise error(f"{path} cannot be read ({reason}); {remedy}.") from reason
+        raise error(f"{path} {reason}; {remedy}.") from reason
     if not isinstance(content, dict):
         raise error(f"{path} holds a {type(content).__name__}, not an object; {remedy}.")
     return content
@@ -118,4 +118,4 @@ def _decode(content: bytes) -> str:
     try:
         return content.decode("utf-8-sig")  # some editors begin a file with a mark
     except UnicodeDecodeError as error:
-        raise Unreadable("it is not UTF-8 text") from error
+        raise Unreadable("is not UTF-8 text") from error

@@ -8,7 +8,6 @@ the text itself: nothing of it is carried out.
 from __future__ import annotations
 
 import re
-import string
 
 # What replaces a character that a terminal or a browser would carry out; one for one, so that
 # places in the text stay where they are.
@@ -57,9 +56,3 @@ def code(value: object) -> str:
         return f"`{text}`" if text.strip() else "` `"
     fence = "`" * (1 + max(map(len, re.findall("`+", text))))
     return f"{fence} {text} {fence}"
-
-
-def identifier(value: object) -> bool:
-    """Whether a text is a plain name of letters, digits and the marks of hub ids and versions."""
-    allowed = set(f"{string.ascii_letters}{string.digits}._-/")
-    return isinstance(value, str) and bool(value) and set(value) <= allowed

@@ -20,6 +20,7 @@ from ..checkpoint import (
 )
 from ..config import PEFT_TYPE, MoeLoraConfig
 from ..errors import AdapterError
+from ..manifest import training_of
 from ..tables import PlainTable, shown
 from .names import natural_order, short_name
 
@@ -67,8 +68,8 @@ class AdapterSummary:
             "stored as": ", ".join(self.dtypes),
             "weights sha256": self.sha256,
         }
-        if "recipe" in self.manifest:
-            rows["trained"] = self._training()
+        if trained := self._training():
+            rows["trained"] = trained
         head = PlainTable(show_header=False, box=None, pad_edge=False)
         for name, value in rows.items():
             head.add_row(shown(name, "bold"), value)
@@ -89,16 +90,21 @@ class AdapterSummary:
         )
 
     def _training(self) -> str:
-        """One line of what the manifest says about the run."""
-        recipe = self.manifest["recipe"]
-        tasks = recipe["data"]["tasks"]
-        return (
-            f"on {', '.join(tasks)} with {recipe['optimizer']['name']}, {self.manifest['steps']} "
-            f"steps, final mean loss {self.manifest['train_loss']:.4f}"
+        """One line of what the manifest says about the run; empty where it says nothing."""
+        training = training_of(self.manifest)
+        if training.recipe is None:
+            return ""
+        optimizer, loss = training.recipe.optimizer.name, training.train_loss
+        tasks = ", ".join(training.recipe.data.tasks)
+        parts = (
+            f"on {tasks}" + (f" with {optimizer}" if optimizer else ""),
+            "" if training.steps is None else f"{training.steps} steps",
+            "" if loss is None else f"final mean loss {loss:.4f}",
         )
+        return ", ".join(filter(None, parts))
 
     def _load_table(self) -> list[PlainTable]:
-        routing = self.manifest.get("routing") or {}
+        routing = training_of(self.manifest).routing
         if not routing:
             return []
         table = PlainTable(title="Expert load (share of selections)", title_justify="left")
@@ -106,14 +112,14 @@ class AdapterSummary:
         for column in ("least", "most", "unused", "entropy / log E"):
             table.add_column(column, justify="right")
         for name in sorted(routing, key=natural_order):
-            layer, load = routing[name], routing[name]["load"]
+            layer, load = routing[name], routing[name].load
             uniform = math.log(len(load)) if len(load) > 1 else 1.0
             table.add_row(
                 short_name(name),
                 f"{min(load):.3f}",
                 f"{max(load):.3f}",
                 str(sum(share == 0 for share in load)),
-                f"{layer['entropy'] / uniform:.3f}",
+                f"{layer.entropy / uniform:.3f}",
             )
         return [table]
 

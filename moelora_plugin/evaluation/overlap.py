@@ -16,6 +16,7 @@ from moelora_eval_tasks.loading import load_split
 
 from ..checkpoint import read_manifest, resolve_adapter
 from ..errors import MoeLoraError
+from ..manifest import RecipeRecord, training_of
 from .harness import LoadedTasks
 
 if TYPE_CHECKING:
@@ -63,16 +64,17 @@ def _listed(overlap: Overlap, show: Callable[[int | None], str | None]) -> str:
 
 
 def _count(loaded: LoadedTasks, task: Task, manifest: Mapping[str, Any]) -> int | None:
-    if "recipe" not in manifest:
+    training = training_of(manifest)
+    if training.recipe is None:
         return None
     trained: set[tuple[str, ...]] = set()
-    for source in manifest["data"]:
-        other = TASKS.get(source["task"])
+    for source in training.data:
+        other = TASKS.get(source.task)
         if other is None:
             return None
-        if source["split"] == "train" and _same_dataset(task, other):
-            rows = _training_rows(other, loaded.data_dir, manifest["recipe"])
-            if rows is None or len(rows) != source["rows"]:
+        if source.split == "train" and _same_dataset(task, other):
+            rows = _training_rows(other, loaded.data_dir, training.recipe)
+            if rows is None or len(rows) != source.rows:
                 return None
             trained.update(_shown(rows, task, other))
     if not trained:
@@ -81,10 +83,10 @@ def _count(loaded: LoadedTasks, task: Task, manifest: Mapping[str, Any]) -> int 
     return sum(row in trained for row in _shown(scored, task, task))
 
 
-def _training_rows(task: Task, data_dir: str | None, recipe: Mapping[str, Any]) -> Dataset | None:
+def _training_rows(task: Task, data_dir: str | None, recipe: RecipeRecord) -> Dataset | None:
     """The rows that a recipe takes of a task; None where they are not at hand."""
     try:
-        return load_split(task, "train", data_dir, recipe["data"]["limit"], recipe["seed"])
+        return load_split(task, "train", data_dir, recipe.data.limit, recipe.seed)
     except MoeLoraError:  # no training split in this data folder, or no answer from the hub
         return None
 

@@ -10,6 +10,7 @@ from moelora_eval_tasks.catalog import Task, resolve
 from ..checkpoint import read_manifest, resolve_adapter
 from ..config import MoeLoraConfig
 from ..errors import ConfigError
+from ..manifest import training_of
 
 
 def trained_task_ids(model: Any, adapter: str, tasks: Iterable[Task]) -> dict[str, int]:
@@ -25,10 +26,10 @@ def trained_task_ids(model: Any, adapter: str, tasks: Iterable[Task]) -> dict[st
     """
     configs = [config for config in model.peft_config.values() if isinstance(config, MoeLoraConfig)]
     by_task = [config for config in configs if config.router_input == "task"]
-    recipe = read_manifest(resolve_adapter(adapter)).get("recipe")
+    recipe = training_of(read_manifest(resolve_adapter(adapter))).recipe
     if not by_task or recipe is None:
         return {}
-    trained = [task.name for task in resolve(recipe["data"]["tasks"])]
+    trained = [task.name for task in resolve(recipe.data.tasks)]
     names = [task.name for task in tasks]
     strange = [name for name in names if name not in trained]
     if strange and any(config.router_input_kwargs.get("default") is None for config in by_task):

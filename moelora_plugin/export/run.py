@@ -25,9 +25,10 @@ from ..checkpoint import (
     resolve_adapter,
     verify_weights,
 )
-from ..config import PEFT_TYPE
+from ..config import PEFT_TYPE, MoeLoraConfig
 from ..errors import ConfigError, ExportError, MissingDependencyError
 from ..files import atomic_directory, check_out_folder, write_json, write_text
+from ..manifest import training_of
 from ..marks import MARK
 from ..tables import PlainTable, shown
 from .card import adapter_card, merged_card, public_base, read_scores
@@ -165,6 +166,7 @@ def _write_adapter(
     source: Path, out: Path, scores: str, *, base: str | None, overwrite: bool
 ) -> None:
     verify_weights(source)
+    training = training_of(read_manifest(source))
     config = read_adapter_config(source)
     with atomic_directory(out, overwrite=overwrite) as folder:
         # Everything that belongs to the adapter; what else lies in a checkpoint folder (optimizer
@@ -175,7 +177,8 @@ def _write_adapter(
         if base is not None and base != config.get("base_model_name_or_path"):
             config |= {"base_model_name_or_path": base, "revision": None}
             write_json(folder / CONFIG_FILE, config)
-        write_text(folder / "README.md", adapter_card(config, read_manifest(source), scores))
+        card = adapter_card(MoeLoraConfig.from_pretrained(str(folder)), training, scores)
+        write_text(folder / "README.md", card)
 
 
 def _is_shared(name: str) -> bool:
@@ -199,12 +202,12 @@ def _write_merged(
     overwrite: bool,
     dtype: str,
 ) -> Merge:
-    manifest = read_manifest(source)
+    training = training_of(read_manifest(source))
     texts = []
     if strategy == "mean-gate":  # read before the base is loaded, as it may be what is missing
         _refuse_images(check_adapter(source, base)[1])
-        trained_on = manifest.get("recipe", {}).get("data", {}).get("tasks", ())
-        texts = calibration_texts(tasks or trained_on, data_dir)
+        trained_on = training.recipe.data.tasks if training.recipe else ()
+        texts = calibration_texts(tasks or list(trained_on), data_dir)
     # Fold in fp32 and round once at the end, into the dtype the base is published in.
     model, tokenizer = load_adapter(source, base=base, dtype="float32")
     merge = merge_exact(model) if strategy == "exact" else merge_mean_gate(model, tokenizer, texts)
@@ -222,7 +225,7 @@ def _write_merged(
         merged.save_pretrained(str(folder))
         tokenizer.save_pretrained(str(folder))
         write_json(folder / EXPORT_FILE, record)
-        write_text(folder / "README.md", merged_card(name, merge, manifest, scores))
+        write_text(folder / "README.md", merged_card(name, merge, training, scores))
     return merge
 
 

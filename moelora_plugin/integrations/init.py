@@ -7,6 +7,7 @@ here imports a host, and the shipped sample needs no other library either.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from ..errors import ConfigError, DataError
 from ..files import atomic_directory, check_out_folder, write_text
 from ..lookup import lookup, unknown_name_message
 from ..presets import PRESETS
+from ..reading import parse_json, read_json
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SHORT_PRESETS = {"gr": "gr_moe_lora", "r": "r_moe_lora"}
@@ -32,6 +34,9 @@ _PAPER = "2502.15828"
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 _ROWS_FILE = "train.jsonl"
+_ROW_CHARACTERS = 2**24  # of a row of text
+_UNQUOTED = re.compile(r"[\w./~][\w .,/@+~:=()-]*")  # in YAML and in Python's strings alike
+_IDENTIFIER = re.compile(r"\w[\w.-]*", re.ASCII)
 _OUTPUT = "output"
 
 
@@ -163,6 +168,11 @@ def write_config(
         "task": "NAMES",
         "model_type": _model_type(model),
     }
+    for option, value in (("--model", values["model"]), ("--data", values["data"])):
+        if not _UNQUOTED.fullmatch(value) or ": " in value:
+            raise ConfigError(
+                f"{option} {value!r} has characters that a config would have to quote; rename it."
+            )
     texts = {}
     if data is not None:
         _check_rows(Path(data), chosen)
@@ -230,7 +240,9 @@ def _model_type(model: str) -> str:
     if model == DEFAULT_MODEL:
         return "model_type: llama"
     if config.is_file():
-        return f"model_type: {json.loads(config.read_text(encoding='utf-8'))['model_type']}"
+        content = read_json(config, remedy="name a folder of a model with --model")
+        if _IDENTIFIER.fullmatch(str(content.get("model_type"))):
+            return f"model_type: {content['model_type']}"
     return "# model_type: llama"
 
 
@@ -262,8 +274,10 @@ def _check_rows(file: Path, host: Host) -> None:
     """Refuse a file whose first row the host could not train on."""
     expected = ("prompt", "chosen", "rejected") if host.preferences else ("prompt", "completion")
     try:
+        if not file.is_file():
+            raise OSError("no regular file")
         with file.open(encoding="utf-8") as lines:
-            row = json.loads(next(lines, ""))
+            row = parse_json(lines.readline(_ROW_CHARACTERS).encode())
     except (OSError, ValueError) as error:
         raise DataError(
             f"--data {file} cannot be read as JSONL; expected one object per line with "

@@ -147,7 +147,7 @@ def read_run(path: str | Path) -> Run:
         content = parse_json(read_bytes(file, EVALUATION_BYTES))
     except Unreadable as reason:
         raise ConfigError(
-            f"{file} is not a file that `moelora eval` has written ({reason}); name one that is."
+            f"{file} is not a file that `moelora eval` has written (it {reason}); name one that is."
         ) from None
     if not isinstance(content, dict) or "format_version" not in content:
         raise ConfigError(

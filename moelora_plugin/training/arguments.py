@@ -68,7 +68,7 @@ def training_arguments(recipe: Recipe, checkpoints: Path) -> TrainingArguments:
     }
     try:
         return TrainingArguments(**values)
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # what values of the wrong type lead to differs from field to field
         raise ConfigError(
             f"transformers refuses the training section: {first_line(error)}."
         ) from error

@@ -46,7 +46,7 @@ def test_a_folder_stands_for_the_file_in_it(tmp_path: Path) -> None:
         (None, r"run\.json does not exist; name a file that `moelora eval` has written\.$"),
         (
             "no JSON",
-            r"is not a file that `moelora eval` has written \(it is not valid JSON: .*\); ",
+            r"is not a file that `moelora eval` has written \(it is not valid JSON .*\); ",
         ),
         ("[1, 2]", r"is not a file that `moelora eval` has written; name one that is\.$"),
         ('{"name": "something else"}', r"is not a file that `moelora eval` has written; name one"),
