@@ -314,7 +314,10 @@ def _give_back(old: Path, new: Path, own: set[str], below: str = "") -> Iterator
     Yields:
         The names that were moved, as they are in the new folder.
     """
-    for entry in sorted(os.scandir(old), key=lambda entry: entry.name):
+    # First what keeps its name, so that no NAME.old takes it.
+    for entry in sorted(
+        os.scandir(old), key=lambda one: (os.path.lexists(new / one.name), one.name)
+    ):
         name, there = f"{below}{entry.name}", new / entry.name
         source = Path(entry.path)
         if entry.is_dir(follow_symlinks=False):

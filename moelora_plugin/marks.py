@@ -57,8 +57,8 @@ def _is_run(folder: Path) -> bool:
     return bool(found) and all(map(_is_checkpoint, found))
 
 
-# What version 0.1.0 and those before it, which left no mark, wrote into a folder that can be told
-# by its manifest. A README.md is not among it: many are written by hand.
+# What versions that left no mark wrote into a folder that can be told
+# by its manifest. A README.md of an adapter or export is not among it: many are written by hand.
 _WITHOUT_MARK: tuple[tuple[Callable[[Path], bool], tuple[str, ...]], ...] = (
     (_has("moelora.json", "weights_sha256"), ("moelora.json", *_ADAPTER, *_TOKENIZER)),
     (
@@ -74,7 +74,7 @@ _WITHOUT_MARK: tuple[tuple[Callable[[Path], bool], tuple[str, ...]], ...] = (
         _is_checkpoint,
         (
             *("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "trainer_state.json"),
-            *("training_args.bin", *_ADAPTER, *_TOKENIZER),
+            *("training_args.bin", "README.md", *_ADAPTER, *_TOKENIZER),
         ),
     ),
     (_is_run, ("log_history.json",)),

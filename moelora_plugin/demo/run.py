@@ -14,7 +14,7 @@ from ..errors import ConfigError
 from ..evaluation import BASE, EvaluationReport, EvaluationRequest, evaluate
 from ..export import export_adapter
 from ..files import check_out_folder, file_in, remove_if_bare
-from ..marks import write_mark
+from ..marks import own_files, write_mark
 from ..tables import PlainTable, shown
 from ..text import plain
 from ..training import TrainResult, load_recipe, train
@@ -106,7 +106,7 @@ def run_demo(
     from_hub = hub_reachable()
     base = base_model(from_hub)
     out.mkdir(parents=True, exist_ok=True)
-    write_mark(out, ())
+    write_mark(out, own_files(out))
     folder, source = sst2_folder(data_dir, from_hub, out)
     for line in (f"base: {base}", f"data: {source}"):
         text = plain(line)

@@ -11,7 +11,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import ConfigError
 from ..files import check_out_folder, remove_if_bare, remove_own, set_aside
-from ..marks import write_mark
+from ..marks import own_files, write_mark
 from ..tables import PlainTable
 
 
@@ -93,7 +93,7 @@ class RunFolder:
             Where those are, for `restore`.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        write_mark(self.path, ())
+        write_mark(self.path, own_files(self.path))
         return set_aside(self.checkpoints) if self.checkpoints.is_dir() else None
 
     def restore(self, earlier: Path | None) -> None:
