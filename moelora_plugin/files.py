@@ -315,9 +315,8 @@ def _give_back(old: Path, new: Path, own: set[str], below: str = "") -> Iterator
         The names that were moved, as they are in the new folder.
     """
     # First what keeps its name, so that no NAME.old takes it.
-    for entry in sorted(
-        os.scandir(old), key=lambda one: (os.path.lexists(new / one.name), one.name)
-    ):
+    entries = sorted(os.scandir(old), key=lambda entry: entry.name)
+    for entry in sorted(entries, key=lambda entry: os.path.lexists(new / entry.name)):
         name, there = f"{below}{entry.name}", new / entry.name
         source = Path(entry.path)
         if entry.is_dir(follow_symlinks=False):

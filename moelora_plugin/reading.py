@@ -101,7 +101,7 @@ def read_json(
 
 def is_deep(value: Any) -> bool:
     """Whether lists and mappings stand in each other more than `DEPTH` deep; finds circles too."""
-    level = [value]
+    level = [value] if isinstance(value, (Mapping, list)) else []
     for _ in range(DEPTH):
         level = [
             child

@@ -220,7 +220,7 @@ def _check(found: _Content, details: Mapping[str, Any]) -> None:
                 require(bool(load), f"{key}.{name}.load", load, "an expert or more", _SOURCE)
     if details["documents"]:
         file = details["documents"]["file"]
-        is_name = Path(file).name == file
+        is_name = Path(file).name == file not in ("", "..")
         require(is_name, "documents.file", file, "the name of a file beside this one", _SOURCE)
 
 

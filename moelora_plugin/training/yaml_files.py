@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,8 +48,7 @@ def read_recipe_file(path: Path, readers: tuple[Path, ...] = ()) -> dict[str, An
     Raises:
         ConfigError: a file is missing, is not a YAML mapping, or extends itself.
     """
-    path = path.resolve()
-    if path in readers:
+    if any(os.path.realpath(path) == os.path.realpath(reader) for reader in readers):
         raise ConfigError(f"{path} extends itself through {readers[-1]}; change extends.")
     reader = f" that {readers[-1]} extends" if readers else ""
     try:

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from moelora_plugin import MoeLoraConfig
 from moelora_plugin.checkpoint import save_adapter
+from moelora_plugin.training import load_recipe, train
 
 
 @pytest.fixture(scope="session")
@@ -44,6 +45,14 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def trained(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that the recipe of the template makes."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    train(load_recipe(template / "recipe.yaml", data_dir=template / "rows", output_dir=run))
+    return run
+
+
 @pytest.fixture
 def work(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, a copy of the template; no hub can be reached."""
@@ -55,3 +64,9 @@ def work(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     return folder
+
+
+@pytest.fixture
+def ran(work: Path, trained: Path) -> Path:
+    """The run of the recipe, in the current folder."""
+    return Path(shutil.copytree(trained, work / "run"))
