@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 
 from moelora_plugin.tables import PlainTable, plain_grid, shown
 
-from .display import display
+from .display import display, display_block
 from .options import examples
 
 if TYPE_CHECKING:
@@ -38,11 +38,14 @@ def presets(
     from moelora_plugin.presets import PRESETS
 
     if name is None:
-        display(_list_as_json(PRESETS) if as_json else _list(PRESETS))
+        if as_json:
+            display_block(_list_as_json(PRESETS))
+        else:
+            display(_list(PRESETS))
         return
     preset = lookup("presets", name, PRESETS)
     if as_json:
-        display(json.dumps({**_about(name, preset), **_resolved(preset)}, indent=2))
+        display_block(json.dumps({**_about(name, preset), **_resolved(preset)}, indent=2))
         return
     display(
         _facts(name, preset),
@@ -50,8 +53,8 @@ def presets(
         *_paragraph("Not covered, or different from the paper:", preset.omits),
         *_paragraph("How it was checked, beyond the tests of every preset:", preset.verified),
         "In a recipe (`moelora train recipe.yaml`):",
-        _recipe(name, preset),
     )
+    display_block(_recipe(name, preset))
 
 
 def _list(presets: dict[str, Preset]) -> PlainTable:

@@ -271,7 +271,7 @@ def draw_means(draws: Array, seed: int, recipe: str) -> Array:
         seed: of the draws.
         recipe: its name, which gives it a stream of its own.
     """
-    rng = np.random.default_rng([seed, zlib.crc32(recipe.encode())])
+    rng = np.random.default_rng([seed, zlib.crc32(recipe.encode(errors="surrogatepass"))])
     chosen = rng.integers(len(draws), size=(len(draws) - 1, DRAWS))
     return np.asarray(np.take_along_axis(draws, chosen, axis=0).mean(axis=0))
 

@@ -72,8 +72,15 @@ def render_page(board: Scoreboard, documents: int = DOCUMENTS) -> str:
 
 def _for_script(data: Any) -> str:
     """JSON in which no tag begins, so that it can stand inside a <script> element."""
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    return block(text).replace("<", "\\u003c")
+    text = json.dumps(_harmless(data), ensure_ascii=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c")
+
+
+def _harmless(value: Any) -> Any:
+    """Nested values with every text in them, keys too, as the template shows it."""
+    if isinstance(value, dict):
+        return {_shown(key): _harmless(one) for key, one in value.items()}
+    return list(map(_harmless, value)) if isinstance(value, list) else _shown(value)
 
 
 def _shown(value: Any) -> Any:
