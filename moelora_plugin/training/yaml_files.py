@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from ..errors import ConfigError, first_line
 from ..reading import DEPTH, Unreadable, read_text
 
 _RECIPE_BYTES = 2**20  # of a file that people write
+_BRACKETS = {"[": 1, "{": 1, "]": -1, "}": -1}
 _MOST_VALUES = 100_000  # of a file, every alias written out
 
 _BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
@@ -112,6 +114,9 @@ def _parse(text: str) -> Any:
     Raises:
         Unreadable: it is not YAML, or its aliases stand for more than a recipe can hold.
     """
+    steps = (_BRACKETS.get(char, 0) for char in text)
+    if max(itertools.accumulate(steps), default=0) > 10 * DEPTH:  # PyYAML would take seconds
+        raise Unreadable("it is nested too deeply")
     try:
         loader = _Loader(text)
         node = loader.get_single_node()

@@ -197,11 +197,11 @@ def test_every_value_of_an_evaluation(work: Path) -> None:
             file.write_text(json.dumps(changed(content, place, wrong)))
             if not sentence_or_success(read):
                 refused += 1
-            elif place[0] != "predictions" or number % 5 == 0:  # statistics take their time
+            elif number % 7 == 0:  # pages and statistics take their time
                 shown += 1
                 sentence_or_success(show)
     assert refused > 300
-    assert shown > 20  # where one value has become another that may stand there
+    assert shown > 10  # where one value has become another that may stand there
 
 
 def test_the_sentence_names_the_place(work: Path) -> None:
