@@ -42,12 +42,13 @@ def compare(
     seed: Annotated[int, typer.Option(help="Seeds the bootstrap behind the intervals.")] = 0,
 ) -> None:
     """Compare the models of runs on the same rows, or recipes over their training seeds."""
-    from moelora_plugin.files import refuse_existing, write_json
+    from moelora_plugin.files import check_out_file, write_json
     from moelora_plugin.reports import Comparison, SeedComparison, compare_seeds, read_runs
     from moelora_plugin.reports import compare as compare_models
+    from moelora_plugin.reports.written import holds_comparison
 
     if output is not None:
-        refuse_existing(output, overwrite=overwrite, key="--output")
+        check_out_file(output, overwrite=overwrite, is_ours=holds_comparison, key="--output")
     named = read_runs(runs)
     result: Comparison | SeedComparison
     if any(len(of_name) > 1 for of_name in named.values()):

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.table import Column, Table
+from rich.table import Column
+
+from moelora_plugin.tables import PlainTable
 
 from .display import display
 from .options import examples
@@ -34,7 +36,7 @@ def path(
 
     home = Path(moelora_plugin.__file__).absolute().parent
     if name is None:
-        table = Table("name", "what it is for", Column("file", overflow="fold"))
+        table = PlainTable("name", "what it is for", Column("file", overflow="fold"))
         for known, (file, use) in _FILES.items():
             table.add_row(known, use, str(home / file))
         display(table)

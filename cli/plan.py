@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from .display import display
+from .display import display, display_block
 from .options import Trust, examples
 
 EXAMPLES = examples(
@@ -91,4 +91,7 @@ def plan(
     given = [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
     with Console(stderr=True).status("Going through a training step..."):
         result = run(recipe, [*words[recipe is not None :], *given])
-    display(json.dumps(result.to_dict(), indent=2) if as_json else result.table())
+    if as_json:
+        display_block(json.dumps(result.to_dict(), indent=2))
+    else:
+        display(result.table())

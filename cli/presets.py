@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.table import Table
-from rich.text import Text
 
-from .display import display
+from moelora_plugin.tables import PlainTable, plain_grid, shown
+
+from .display import display, display_block
 from .options import examples
 
 if TYPE_CHECKING:
@@ -38,11 +38,14 @@ def presets(
     from moelora_plugin.presets import PRESETS
 
     if name is None:
-        display(_list_as_json(PRESETS) if as_json else _list(PRESETS))
+        if as_json:
+            display_block(_list_as_json(PRESETS))
+        else:
+            display(_list(PRESETS))
         return
     preset = given("presets", name, PRESETS)
     if as_json:
-        display(json.dumps({**_about(name, preset), **_resolved(preset)}, indent=2))
+        display_block(json.dumps({**_about(name, preset), **_resolved(preset)}, indent=2))
         return
     display(
         _facts(name, preset),
@@ -50,17 +53,17 @@ def presets(
         *_paragraph("Not covered, or different from the paper:", preset.omits),
         *_paragraph("How it was checked, beyond the tests of every preset:", preset.verified),
         "In a recipe (`moelora train recipe.yaml`):",
-        _recipe(name, preset),
     )
+    display_block(_recipe(name, preset))
 
 
-def _list(presets: dict[str, Preset]) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+def _list(presets: dict[str, Preset]) -> PlainTable:
+    table = PlainTable(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("preset", no_wrap=True)
     table.add_column("what it is")
     table.add_column("arXiv", no_wrap=True)
     for name, preset in presets.items():
-        table.add_row(name, Text(preset.summary), preset.source.rpartition("arXiv ")[2])
+        table.add_row(name, preset.summary, preset.source.rpartition("arXiv ")[2])
     return table
 
 
@@ -103,7 +106,7 @@ def _resolved(preset: Preset) -> dict[str, Any]:
     return {"config": config, "set_by_the_preset": sorted(preset.overrides)}
 
 
-def _facts(name: str, preset: Preset) -> Table:
+def _facts(name: str, preset: Preset) -> PlainTable:
     facts = {
         name: preset.summary,
         "Paper": preset.title,
@@ -114,36 +117,36 @@ def _facts(name: str, preset: Preset) -> Table:
         **{f"Needs {key}": what for key, what in preset.needs.items()},
         "Calls": preset.usage,
     }
-    table = Table.grid(padding=(0, 2))
+    table = plain_grid((0, 2))
     for label, text in facts.items():
         if text:
-            table.add_row(Text(label, style="bold"), Text(text))
+            table.add_row(shown(label, "bold"), text)
     return table
 
 
-def _config(preset: Preset) -> Table:
+def _config(preset: Preset) -> PlainTable:
     resolved = _resolved(preset)
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table = PlainTable(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("field")
     table.add_column("value", overflow="fold")
     table.add_column("from")
     for key, value in resolved["config"].items():
         ours = key in preset.overrides
         table.add_row(
-            Text(key, style="bold" if ours else ""),
-            Text(str(value)),
+            shown(key, "bold" if ours else ""),
+            str(value),
             "preset" if ours else "default",
         )
     return table
 
 
-def _paragraph(title: str, sentences: Iterable[str]) -> list[str | Table]:
+def _paragraph(title: str, sentences: Iterable[str]) -> list[str | PlainTable]:
     sentences = list(sentences)
     if not sentences:
         return []
-    table = Table.grid(padding=(0, 1))
+    table = plain_grid((0, 1))
     for sentence in sentences:
-        table.add_row("-", Text(sentence))
+        table.add_row("-", sentence)
     return [title, table]
 
 

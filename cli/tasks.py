@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.panel import Panel
-from rich.table import Table
-from rich.text import Text
+
+from moelora_plugin.tables import PlainTable, shown
+from moelora_plugin.text import plain
 
 from .display import display
 from .options import examples
@@ -57,11 +58,11 @@ def tasks(
     display(*_example(TASKS[known], data_dir))
 
 
-def _benchmarks(every: Iterable[Task]) -> Table:
+def _benchmarks(every: Iterable[Task]) -> PlainTable:
     """A line for each benchmark: it has up to three tasks, one for each protocol."""
     from moelora_eval_tasks.task import SUFFIXES
 
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table = PlainTable(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("benchmark", no_wrap=True)
     table.add_column("what it measures")
     table.add_column("rows", justify="right", no_wrap=True)
@@ -80,11 +81,11 @@ def _benchmarks(every: Iterable[Task]) -> Table:
     return table
 
 
-def _groups(groups: dict[str, tuple[str, ...]]) -> Table:
+def _groups(groups: dict[str, tuple[str, ...]]) -> PlainTable:
     """The groups, those that hold the same benchmarks on one line."""
     from moelora_eval_tasks.catalog import TASKS
 
-    table = Table("groups", "their benchmarks", box=SIMPLE_HEAD, pad_edge=False)
+    table = PlainTable("groups", "their benchmarks", box=SIMPLE_HEAD, pad_edge=False)
     names: dict[tuple[str, ...], list[str]] = {}
     for group, members in groups.items():
         names.setdefault(tuple(TASKS[member].benchmark for member in members), []).append(group)
@@ -93,8 +94,8 @@ def _groups(groups: dict[str, tuple[str, ...]]) -> Table:
     return table
 
 
-def _members(group: str, chosen: list[Task]) -> Table:
-    table = Table(title=group, box=SIMPLE_HEAD, pad_edge=False)
+def _members(group: str, chosen: list[Task]) -> PlainTable:
+    table = PlainTable(title=group, box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("task", no_wrap=True)
     table.add_column("what it measures")
     table.add_column("metric")
@@ -106,10 +107,10 @@ def _members(group: str, chosen: list[Task]) -> Table:
     return table
 
 
-def _card(task: Task) -> Table:
+def _card(task: Task) -> PlainTable:
     from moelora_eval_tasks.catalog import TASKS
 
-    table = Table(title=task.name, show_header=False)
+    table = PlainTable(title=task.name, show_header=False)
     sources = [TASKS[name] for name in task.parts] or [task]
     splits = " + ".join(dict.fromkeys(source.eval_split for source in sources))
     facts = {
@@ -128,7 +129,7 @@ def _card(task: Task) -> Table:
     }
     for key, value in facts.items():
         if value:
-            table.add_row(key, value)
+            table.add_row(key, shown(value))
     return table
 
 
@@ -147,8 +148,8 @@ def _example(task: Task, data_dir: str | None) -> tuple[Panel, Panel]:
     answers = "\n".join(map(str.strip, prompt.choices))
     right = None if data_dir is None else f"right: {prompt.choices[prompt.gold].strip()}"
     return (
-        Panel(Text(prompt.context.rstrip()), title=title),
-        Panel(Text(answers, style="green"), title="answers", subtitle=right),
+        Panel(shown(prompt.context.rstrip()), title=shown(title)),
+        Panel(shown(answers, "green"), title="answers", subtitle=right and shown(plain(right))),
     )
 
 

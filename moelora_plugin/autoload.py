@@ -62,7 +62,8 @@ HOOKS: dict[str, str] = {
 # Targets that have been imported and are not served yet.
 _waiting: deque[str] = deque()
 
-# Why each hook failed, if it did: module name -> traceback. `moelora doctor` shows it.
+# Why each hook failed, if it did: module name, or "activation" -> traceback. `moelora doctor`
+# shows it.
 failures: dict[str, str] = {}
 
 
@@ -78,8 +79,12 @@ def installed() -> bool:
 
 def install() -> None:
     """Put the hooks in place, unless they are switched off. Safe to call any number of times."""
-    if enabled():
+    if not enabled():
+        return
+    try:
         activate()
+    except Exception:  # torch would fail to import for everyone
+        _note_failure("activation")
 
 
 def activate() -> None:
@@ -113,12 +118,18 @@ def _serve(name: str) -> None:
     module_name, _, function = HOOKS[name].partition(":")
     try:
         getattr(importlib.import_module(f"{_PACKAGE}.{module_name}"), function)()
-    except Exception:  # an exception here would break `import torch` or `import peft` for everyone
-        import traceback
-
-        failures[name] = traceback.format_exc()
+    # An exception here would break `import torch` or `import peft` for everyone, and an exit, which
+    # some packages take when they are imported, would end the program.
+    except (Exception, SystemExit):
+        _note_failure(name)
     else:
         failures.pop(name, None)
+
+
+def _note_failure(name: str) -> None:
+    import traceback
+
+    failures[name] = traceback.format_exc()
 
 
 def _watch_ours() -> bool:

@@ -281,7 +281,7 @@ def verify_weights(folder: Path) -> str:
     if expected is not None and digest != expected:
         raise AdapterError(
             f"{path} was changed after it was saved: its sha256 is {digest[:12]}..., "
-            f"{MANIFEST_FILE} says {expected[:12]}...; save or download it again."
+            f"{MANIFEST_FILE} says {str(expected)[:12]}...; save or download it again."
         )
     return digest
 

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from peft.config import PeftConfig
 from peft.utils.peft_types import PeftType
 
-from .errors import AdapterError, ConfigError, first_line
-from .field_checks import check_fields, check_mappings, check_patterns, read_allocation, read_json
+from .errors import AdapterError, ConfigError
+from .field_checks import check_fields, check_mappings, check_patterns, read_allocation
 from .lookup import given, unknown_key_message
 from .part_checks import check_parts, import_parts
 from .presets import PRESETS, resolve
+from .reading import read_json
 from .values import SavedPaths, shown
 
 if TYPE_CHECKING:
@@ -241,16 +242,9 @@ class MoeLoraConfig(PeftConfig):
         Raises:
             AdapterError: it is no JSON object, or too large for one.
         """
-        try:
-            content = read_json(Path(path_json_file))
-        except (OSError, ValueError) as error:
-            raise AdapterError(
-                f"{path_json_file} cannot be read as a configuration: {first_line(error)}."
-            ) from error
-        if not isinstance(content, dict):
-            raise AdapterError(
-                f"{path_json_file} holds a {type(content).__name__}, not an object; save it again."
-            )
+        content = read_json(
+            Path(path_json_file), remedy="save or download it again", error=AdapterError
+        )
         content.pop("runtime_config", None)
         return content
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 import os
-import stat
 from collections.abc import Iterator, Set
 from dataclasses import fields
 from pathlib import Path
@@ -16,6 +14,7 @@ from peft.utils.peft_types import TaskType
 
 from .errors import ConfigError
 from .patterns import require_cheap, require_pattern, whole_name
+from .reading import read_json
 from .types import GateRescale, GateRescaleScope
 from .values import MAX_EXPERTS, MAX_RANK, fits, in_words, require_plain, shown
 
@@ -49,7 +48,6 @@ _LISTS = (
     "trainable_token_indices",
 )
 # Of configurations and of allocations, which are mappings of a few thousand entries at most.
-_MAX_BYTES = 64 * 2**20
 
 
 def check_fields(config: MoeLoraConfig) -> None:
@@ -194,7 +192,7 @@ def _is_from_transformers(mapping: Any) -> bool:
     return names[1] == "transformers" and all(name.isidentifier() for name in names)
 
 
-def read_allocation(path: Any) -> Any:
+def read_allocation(path: Any) -> dict[str, Any]:
     """The content of an allocation's file, which a person has named.
 
     Raises:
@@ -202,30 +200,7 @@ def read_allocation(path: Any) -> Any:
     """
     if not isinstance(path, str | os.PathLike):
         raise ConfigError(f"allocation_kwargs['path']={shown(path)} must be the path of a file.")
-    try:
-        return read_json(Path(path))
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"allocation_kwargs['path']={str(path)!r} is no JSON file that can be read: {error}"
-        ) from error
-
-
-def read_json(path: Path) -> Any:
-    """A regular file's content, if it is not out of all proportion.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is no JSON, or too large.
-    """
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError("it is no regular file")
-    if status.st_size > _MAX_BYTES:
-        raise ValueError(f"it is larger than {_MAX_BYTES // 2**20} MiB")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise ValueError("its lists and mappings are too deep in each other") from None
+    return read_json(Path(path), remedy="name another one by allocation_kwargs['path']")
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:

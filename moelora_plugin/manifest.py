@@ -7,7 +7,6 @@ are ours and must be right, and how the adapter came about, which is what the ca
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -16,8 +15,9 @@ from typing import Any
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
 
 from .config import FREE_KEYS
-from .errors import AdapterError, first_line
+from .errors import AdapterError
 from .fingerprints import is_fingerprint, is_finite_number
+from .reading import read_json
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -209,14 +209,4 @@ def _brief(value: Any) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(
-            f"{path} is not valid JSON ({first_line(error)}); save it again."
-        ) from error
-    if not isinstance(content, dict):
-        raise AdapterError(
-            f"{path} holds a {type(content).__name__}, not an object; save it again."
-        )
-    return content
+    return read_json(path, remedy="save or download it again", error=AdapterError)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,11 +10,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from moelora_plugin.errors import DataError, first_line
-from moelora_plugin.files import atomic_directory
+from moelora_plugin.files import atomic_directory, check_out_folder
+from moelora_plugin.reading import parse_json, read_bytes
 
 from .. import images
 
 FOLDER = "visual7w"
+_ANNOTATION_BYTES = 2**30  # the official file has 40 MB
 ANNOTATIONS = ("dataset_v7w_telling.json", "dataset_v7w_telling.zip")
 ARCHIVE = "visual7w_images.zip"
 FOLDERS = ("images", "visual7w_images")  # of the pictures, if that archive is unpacked
@@ -68,6 +69,7 @@ def prepare(
     import pyarrow.parquet as pq
 
     out = data_dir / FOLDER
+    check_out_folder(out, overwrite=overwrite)
     rows, names = _read_annotations(source)
     found = _find_images(source, names)
     with atomic_directory(out, overwrite=overwrite) as folder:
@@ -90,10 +92,10 @@ def _read_annotations(source: Path) -> tuple[dict[str, list[Row]], list[str]]:
     rows: dict[str, list[Row]] = {split: [] for split in SPLITS.values()}
     names: dict[str, None] = {}  # each once, in the official order
     try:
-        for image in json.loads(_read_json(path))["images"]:
+        for image in parse_json(_read_json(path))["images"]:
             names[str(image["filename"])] = None
             rows[SPLITS[image["split"]]].extend(_row(image, pair) for pair in image["qa_pairs"])
-    except (ValueError, KeyError, TypeError, OSError, zipfile.BadZipFile) as error:
+    except (ValueError, KeyError, TypeError, OSError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(
             f"{path} is not the telling part of Visual7W ({type(error).__name__}: "
             f"{first_line(error)}); download it anew from {SOURCES}."
@@ -105,10 +107,14 @@ def _read_annotations(source: Path) -> tuple[dict[str, list[Row]], list[str]]:
 
 def _read_json(path: Path) -> bytes:
     if path.suffix == ".json":
-        return path.read_bytes()
+        return read_bytes(path, _ANNOTATION_BYTES)
     with zipfile.ZipFile(path) as archive:
         members = [name for name in archive.namelist() if name.endswith(ANNOTATIONS[0])]
-        return archive.read(members[0] if members else ANNOTATIONS[0])
+        with archive.open(members[0] if members else ANNOTATIONS[0]) as file:
+            content = file.read(_ANNOTATION_BYTES + 1)
+    if len(content) > _ANNOTATION_BYTES:
+        raise ValueError(f"it holds over {_ANNOTATION_BYTES:,} bytes")
+    return content
 
 
 def _row(image: Mapping[str, Any], pair: Mapping[str, Any]) -> Row:
@@ -132,7 +138,7 @@ def _find_images(source: Path, names: Sequence[str]) -> dict[str, Path | zipfile
     folder = next((source / name for name in FOLDERS if (source / name).is_dir()), archive)
     found: dict[str, Path | zipfile.Path]
     if folder.is_dir():
-        found = {path.name: path for path in folder.iterdir()}
+        found = {path.name: path for path in folder.iterdir() if path.is_file()}
     elif archive.is_file():
         try:
             root = zipfile.Path(archive)
@@ -159,9 +165,10 @@ def _copy(image: Path | zipfile.Path, out: Path) -> None:
     """Copy a picture, byte for byte, if it is one."""
     try:
         content = image.read_bytes()
-    except (zipfile.BadZipFile, zlib.error) as error:
+    except (zipfile.BadZipFile, zlib.error, OSError) as error:
+        where = "folder" if isinstance(image, Path) else "archive"
         raise DataError(
-            f"{image.name} in the archive is damaged ({first_line(error)}); download it anew."
+            f"{image.name} in the {where} is damaged ({first_line(error)}); download it anew."
         ) from error
     images.decode({"bytes": content, "path": image.name})
     out.write_bytes(content)

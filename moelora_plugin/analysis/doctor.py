@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
 from typing import Literal, get_args
 
 from .. import __version__, autoload
@@ -13,6 +14,9 @@ from ..launch import SITE
 from ..types import OptimizerName
 
 Status = Literal["ok", "missing", "warning"]
+
+_BACKENDS = "torch.backends"  # the group of entry points that `import torch` loads
+_BACKENDS_SWITCH = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 
 _REQUIRED = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
 _OPTIONAL = {
@@ -91,10 +95,14 @@ _HOSTS = {
 
 def diagnose() -> list[Finding]:
     """Look at versions, registration, autoload, hosts, devices and the network switches."""
+    loads_backends = os.environ.get(_BACKENDS_SWITCH, "1") != "0"
+    if broken := _broken_backends():
+        os.environ[_BACKENDS_SWITCH] = "0"  # or nothing below could be looked at
     registrations = [_registration(), _optimizers()]
-    autoloaded = _autoload()
+    autoloaded = _autoload(loads_backends)
     return [
         Finding("moelora", "ok", f"{__version__}, Python {platform.python_version()}"),
+        *broken,
         *(_package(name) for name in _REQUIRED),
         *(_optional(name, *use) for name, use in _OPTIONAL.items()),
         *registrations,
@@ -171,11 +179,15 @@ def _optimizers() -> Finding:
     return Finding(name, "ok", f"optim knows {', '.join(get_args(OptimizerName))}")
 
 
-def _autoload() -> Finding:
-    """Whether a stock host program would find the adapter by itself."""
+def _autoload(loads_backends: bool) -> Finding:
+    """Whether a stock host program would find the adapter by itself.
+
+    Args:
+        loads_backends: whether `import torch` loads entry points.
+    """
     name = "autoload"
     declared = any(
-        entry.value.startswith("moelora_plugin.") for entry in entry_points(group="torch.backends")
+        entry.value.startswith("moelora_plugin.") for entry in entry_points(group=_BACKENDS)
     )
     if autoload.failures:
         module, trace = next(iter(autoload.failures.items()))
@@ -194,11 +206,11 @@ def _autoload() -> Finding:
             f"switched off by {autoload.ENVIRONMENT_SWITCH}=0",
             f"unset {autoload.ENVIRONMENT_SWITCH}, or put `moelora launch` before the command",
         )
-    if os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") == "0":
+    if not loads_backends:
         return Finding(
             name,
             "warning",
-            "torch loads no entry points: TORCH_DEVICE_BACKEND_AUTOLOAD=0",
+            f"torch loads no entry points: {_BACKENDS_SWITCH}=0",
             "unset it, or put `moelora launch` before the command",
         )
     if not declared:
@@ -209,6 +221,27 @@ def _autoload() -> Finding:
             "pip install moelora, or put `moelora launch` before the command",
         )
     return Finding(name, "ok", "`import torch` activates moelora (entry point torch.backends)")
+
+
+def _broken_backends() -> list[Finding]:
+    """The entry points for which `import torch` fails: it loads all and goes on after none."""
+    return [
+        Finding(
+            f"import torch ({entry.name})",
+            "missing",
+            f"fails in every program: {_distribution(entry)} is installed and has an entry point "
+            f"to {entry.module}, which is not there",
+            f"pip uninstall {_distribution(entry)}, or install it again; until then set "
+            f"{_BACKENDS_SWITCH}=0",
+        )
+        for entry in entry_points(group=_BACKENDS)
+        # Its package alone: what is in it could not be looked at without importing it.
+        if importlib.util.find_spec(entry.module.partition(".")[0]) is None
+    ]
+
+
+def _distribution(entry: EntryPoint) -> str:
+    return entry.name if entry.dist is None else entry.dist.name
 
 
 def _hosts(foundations: list[Finding]) -> list[Finding]:
@@ -251,8 +284,8 @@ def _version(package: str) -> str | None:
 def _devices() -> list[Finding]:
     try:
         import torch
-    except ImportError:
-        return []
+    except Exception as error:  # a back end that breaks raises what it likes
+        return [Finding("import torch", "missing", str(error), f"try {_BACKENDS_SWITCH}=0")]
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     findings = [Finding("CPU", "ok", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads")]
     if accelerator is None:

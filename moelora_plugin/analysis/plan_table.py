@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
-from rich.table import Table
-from rich.text import Text
+
+from ..tables import PlainTable, plain_grid, shown
 
 if TYPE_CHECKING:
     from .plan import AdapterPlan, Use
@@ -21,7 +21,7 @@ def plan_table(plan: AdapterPlan) -> Group:
     return Group(_facts(plan), _modules(plan), _comparison(plan), *_sentences(plan))
 
 
-def _facts(plan: AdapterPlan) -> Table:
+def _facts(plan: AdapterPlan) -> PlainTable:
     at, use = plan.at, plan.ours
     other = use.trainable - plan.expert_parameters - plan.router_parameters
     parts = [f"{plan.expert_parameters:,} in experts", f"{plan.router_parameters:,} in routers"]
@@ -38,19 +38,19 @@ def _facts(plan: AdapterPlan) -> Table:
     }
     if not plan.frozen_entries:
         del rows["not trained"]
-    table = Table.grid(padding=(0, 2))
+    table = plain_grid((0, 2))
     for name, value in rows.items():
-        table.add_row(Text(name, style="bold"), Text(value))
+        table.add_row(shown(name, "bold"), value)
     return table
 
 
-def _modules(plan: AdapterPlan) -> Table:
+def _modules(plan: AdapterPlan) -> PlainTable:
     """One line for all modules that got the same from the allocation."""
     names: dict[tuple[int, tuple[int, ...], int, str], list[str]] = {}
     for kind in plan.modules:
         key = (kind.count, kind.ranks, kind.top_k, kind.path)
         names.setdefault(key, []).append(kind.name)
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table = PlainTable(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("modules", overflow="fold")
     for column in ("of each", "experts", "top k", "ranks", "total rank", "path"):
         table.add_column(column, justify="right")
@@ -67,7 +67,7 @@ def _modules(plan: AdapterPlan) -> Table:
     return table
 
 
-def _comparison(plan: AdapterPlan) -> Table:
+def _comparison(plan: AdapterPlan) -> PlainTable:
     tokens = plan.at.tokens
     rows: dict[str, Callable[[Use], str]] = {
         "weights": lambda use: size(use.weight_bytes),
@@ -80,15 +80,15 @@ def _comparison(plan: AdapterPlan) -> Table:
         "forward and backward": lambda use: _known(use, lambda s: count(s.operations / tokens)),
         "relative to LoRA": lambda use: _ratio(plan, use),
     }
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table = PlainTable(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
     for column in ("base", "LoRA, same rank", "this adapter"):
         table.add_column(column, justify="right")
     for name, show in rows.items():
         if name == "weights":
-            table.add_row(Text("Memory", style="bold"))
+            table.add_row(shown("Memory", "bold"))
         if name == "forward":
-            table.add_row(Text("Operations per token", style="bold"))
+            table.add_row(shown("Operations per token", "bold"))
         alone = "" if name in ("in all, at the peak", "adapter's file") else show(plan.alone)
         table.add_row(f"  {name}", alone, show(plan.lora), show(plan.ours))
     return table

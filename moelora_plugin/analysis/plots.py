@@ -61,7 +61,7 @@ def plot_expert_load(routing: Mapping[str, Mapping[str, Any]], out: Path, title:
         width = max(map(len, shares))
         cells = [row + [float("nan")] * (width - len(row)) for row in shares]
         image = axes.imshow(cells, aspect="auto", cmap="RdBu_r", vmin=0.0, vmax=2.0)
-        axes.set_title(kind, fontsize=9)
+        axes.set_title(kind, fontsize=9, parse_math=False)
         axes.set_xlabel("expert", fontsize=8)
         # A label for every row or column would overlap on deep models.
         axes.set_xticks(range(0, width, max(1, width // 5)))
@@ -87,5 +87,5 @@ def _figure(width: float, height: float) -> Figure:
 
 def _save(figure: Figure, out: Path) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=150)
+    figure.savefig(out, dpi=150, format="png")
     return out

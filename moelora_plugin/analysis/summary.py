@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Group
-from rich.markup import escape
-from rich.table import Table
 from safetensors import safe_open
 
 from ..checkpoint import resolve_adapter, verify_config, verify_weights
@@ -24,6 +22,7 @@ from ..manifest import (
     read_adapter_config,
     read_manifest,
 )
+from ..tables import PlainTable, shown
 from .names import natural_order, short_name
 
 
@@ -74,9 +73,9 @@ class AdapterSummary:
             rows["trained"] = training
         if strange := not_understood(self.manifest):
             rows["not understood"] = f"{MANIFEST_FILE}: {'; '.join(strange)}"
-        head = Table(show_header=False, box=None, pad_edge=False)
+        head = PlainTable(show_header=False, box=None, pad_edge=False)
         for name, value in rows.items():
-            head.add_row(f"[bold]{name}[/bold]", escape(value))
+            head.add_row(shown(name, "bold"), value)
         return Group(head, *self._load_table())
 
     def _experts(self) -> str:
@@ -109,23 +108,23 @@ class AdapterSummary:
         ]
         return ", ".join(facts)
 
-    def _load_table(self) -> list[Table]:
+    def _load_table(self) -> list[PlainTable]:
         routing = entry(self.manifest, "routing") or {}
         if not routing:
             return []
-        table = Table(title="Expert load (share of selections)", title_justify="left")
+        table = PlainTable(title="Expert load (share of selections)", title_justify="left")
         table.add_column("layer", overflow="fold")
         for column in ("least", "most", "unused", "entropy / log E"):
             table.add_column(column, justify="right")
         for name in sorted(routing, key=natural_order):
-            layer, load = routing[name], routing[name]["load"]
+            layer, load = routing[name], routing[name].load
             uniform = math.log(len(load)) if len(load) > 1 else 1.0
             table.add_row(
                 short_name(name),
                 f"{min(load):.3f}",
                 f"{max(load):.3f}",
                 str(sum(share == 0 for share in load)),
-                f"{layer['entropy'] / uniform:.3f}",
+                f"{layer.entropy / uniform:.3f}",
             )
         return [table]
 

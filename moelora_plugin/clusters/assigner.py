@@ -8,7 +8,6 @@ Shape suffixes: N prompts, F features, C clusters.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,16 +21,30 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..base_model import load_base_model
-from ..errors import AdapterError, ConfigError
+from ..errors import AdapterError, ConfigError, first_line
 from ..families import name_of
 from ..files import atomic_directory, sha256_of, write_json
 from ..fingerprints import embedding_fingerprint, is_fingerprint, same_samples
 from ..lookup import lookup
+from ..reading import read_json
+from ..schema import from_mapping, require, written_by
 from .features import FEATURES, Features
 from .prompts import Prompts, read_prompts
 
 CENTROIDS_FILE = "clusters.safetensors"
 MANIFEST_FILE = "clusters.json"
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    """What the loader relies on of `clusters.json`."""
+
+    method: str
+    seed: int
+    sizes: list[int]
+    base: str
+    base_fingerprint: dict[str, Any] | None
+    centroids_sha256: str
 
 
 @dataclass(frozen=True)
@@ -60,12 +73,19 @@ class ClusterAssigner:
             batch_size: prompts at once through the base.
 
         Raises:
+            AdapterError: the clusters were made with another base.
             ConfigError: texts without a tokenizer.
             DataError: a prompt is too short.
         """
         prompts: Prompts = read_prompts(source, self.tokenizer)
+        features_NF = self.features(prompts, batch_size)
+        if features_NF.shape[1] != self.centroids_CF.shape[1]:
+            raise AdapterError(
+                f"The clusters' centroids have {self.centroids_CF.shape[1]} features and prompts "
+                f"have {features_NF.shape[1]}; run `moelora cluster` again with this base."
+            )
         distances_NC = torch.cdist(
-            self.features(prompts, batch_size),
+            features_NF,
             self.centroids_CF,
             # The quick formula loses the digits that tell near centres apart.
             compute_mode="donot_use_mm_for_euclid_dist",
@@ -140,32 +160,44 @@ class ClusterAssigner:
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     file = folder / MANIFEST_FILE
-    if not file.is_file():
+    if not file.exists():
         raise AdapterError(
             f"{folder} holds no {MANIFEST_FILE}; name a folder of `moelora cluster`."
         )
+    content = read_json(file, remedy="run `moelora cluster` again", error=AdapterError)
+    source = written_by("moelora cluster")
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-        known = {"method", "seed", "sizes", "base", "base_fingerprint", "centroids_sha256"}
-        if not known <= set(manifest):
-            raise ConfigError(f"it lacks {sorted(known - set(manifest))[0]}")
-        fingerprint = manifest["base_fingerprint"]
-        if fingerprint is not None and not is_fingerprint(fingerprint, "shape"):
-            raise ConfigError("base_fingerprint must have a shape and finite samples")
-    except (UnicodeDecodeError, ValueError, TypeError) as error:
-        raise AdapterError(f"{file} is damaged ({error}); run `moelora cluster` again.") from error
-    found: dict[str, Any] = manifest
-    return found
+        found = from_mapping(_Manifest, content, source=source)
+        numbers = all(size >= 0 for size in found.sizes)
+        require(bool(found.sizes) and numbers, "sizes", found.sizes, "numbers of prompts", source)
+        require(0 <= found.seed < 2**63, "seed", found.seed, "a seed", source)
+        fingerprint = found.base_fingerprint
+        right = fingerprint is None or is_fingerprint(fingerprint, "shape")
+        expected = "a shape and finite samples"
+        require(right, "base_fingerprint", fingerprint, expected, source)
+    except ConfigError as error:
+        raise AdapterError(f"{file} is damaged: {error}") from error
+    return content
 
 
 def _read_centroids(folder: Path, manifest: Mapping[str, Any]) -> Tensor:
     file = folder / CENTROIDS_FILE
     try:
+        if not file.is_file():
+            raise ValueError("it is no file")
         if sha256_of(file) != manifest["centroids_sha256"]:
             raise ValueError(f"its sha256 is not the one in {MANIFEST_FILE}")
-        return load_file(file)["centroids"]
+        centroids_CF = load_file(file)["centroids"]
+        if centroids_CF.dtype != torch.float32 or centroids_CF.dim() != 2:
+            raise ValueError(f"its centroids are {centroids_CF.dim()}-D of {centroids_CF.dtype}")
+        if len(centroids_CF) != len(manifest["sizes"]):
+            raise ValueError(f"it has {len(centroids_CF)} centroids for {len(manifest['sizes'])}")
+        if not centroids_CF.isfinite().all():
+            raise ValueError("not all of its values are finite")
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise AdapterError(f"{file} is damaged ({error}); run `moelora cluster` again.") from error
+        reason = first_line(error)
+        raise AdapterError(f"{file} is damaged ({reason}); run `moelora cluster` again.") from error
+    return centroids_CF
 
 
 def _are_same(found: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:

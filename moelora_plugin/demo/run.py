@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from ..analysis.plots import plot_expert_load, plot_loss
 from ..errors import ConfigError
 from ..evaluation import BASE, EvaluationReport, EvaluationRequest, evaluate
 from ..export import export_adapter
-from ..files import refuse_existing
+from ..files import check_out_folder, file_in, remove_if_bare
 from ..manifest import entry, read_manifest
+from ..marks import own_files, write_mark
+from ..tables import PlainTable, shown
+from ..text import plain
 from ..training import TrainResult, load_recipe, train
 from .sources import base_model, hub_reachable, sst2_folder
 
@@ -47,16 +48,16 @@ class DemoResult:
     pictures: tuple[Path, ...]
     seconds: float
 
-    def table(self) -> Table:
+    def table(self) -> PlainTable:
         """For the terminal."""
         measured = self.evaluation.tasks[TASK]
         ((adapter, difference),) = measured.differences.items()
         low, high = difference.interval
         before, after = (100 * measured.metrics[name]["acc"].value for name in (BASE, adapter))
-        table = Table(title="moelora demo", show_header=False)
-        table.add_row("Data", escape(self.data))
+        table = PlainTable(title="moelora demo", show_header=False)
+        table.add_row("Data", self.data)
         table.add_row("Accuracy, base", f"{before:.1f} % of {measured.n}")
-        table.add_row("Accuracy, adapter", f"[bold]{after:.1f} %[/bold]")
+        table.add_row("Accuracy, adapter", shown(f"{after:.1f} %", "bold"))
         table.add_row(
             "Difference",
             f"{100 * difference.value:+.1f} points, 95 % interval "
@@ -66,10 +67,10 @@ class DemoResult:
             "Time", f"{self.training.seconds:.0f} s training, {self.seconds:.0f} s in all"
         )
         table.add_row("Trainable parameters", f"{self.training.trainable_parameters:,}")
-        table.add_row("Adapter to share", escape(str(self.exported)))
-        table.add_row("Scores", escape(str(self.evaluation.path)))
+        table.add_row("Adapter to share", str(self.exported))
+        table.add_row("Scores", str(self.evaluation.path))
         for picture in self.pictures:
-            table.add_row("Picture", escape(str(picture)))
+            table.add_row("Picture", str(picture))
         return table
 
 
@@ -98,14 +99,18 @@ def run_demo(
     began = time.perf_counter()
     if steps is not None and steps < 1:  # transformers would take 0 for "as the epochs say"
         raise ConfigError(f"steps is {steps}, expected at least 1; change --steps.")
-    refuse_existing(out, overwrite=overwrite)
+    check_out_folder(out, overwrite=overwrite, is_whole=False)
     console = Console(stderr=True)
 
     console.rule("1/4  base model and data")
     from_hub = hub_reachable()
     base = base_model(from_hub)
+    out.mkdir(parents=True, exist_ok=True)
+    write_mark(out, own_files(out))
     folder, source = sst2_folder(data_dir, from_hub, out)
-    console.print(f"base: {base}\ndata: {source}", markup=False, highlight=False, soft_wrap=True)
+    for line in (f"base: {base}", f"data: {source}"):
+        text = plain(line)
+        console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     console.rule("2/4  training")
     overrides = [f"model.name={base}", f"seed={seed}"]
@@ -113,7 +118,10 @@ def run_demo(
         # At least one point for the loss curve.
         overrides += [f"training.max_steps={steps}", f"training.logging_steps={min(steps, 5)}"]
     recipe = load_recipe(_RECIPE, overrides, data_dir=folder, output_dir=out / "run")
-    trained = train(recipe, overwrite=overwrite)
+    try:
+        trained = train(recipe, overwrite=overwrite)
+    finally:
+        remove_if_bare(out)
 
     console.rule("3/4  evaluation, base and adapter on the same rows")
     report = evaluate(
@@ -132,10 +140,13 @@ def run_demo(
     console.rule("4/4  export")
     export_adapter(trained.adapter_dir, out / "adapter", eval_file=report.path, overwrite=overwrite)
     routing = entry(read_manifest(trained.adapter_dir), "routing") or {}
-    pictures = [plot_loss(trained.log_history, out / "loss.png", "Film comments, gRAdamW 20/10/4")]
+    pictures = [out / "loss.png"]
+    with file_in(out, "loss.png") as picture:
+        plot_loss(trained.log_history, picture, "Film comments, gRAdamW 20/10/4")
     if routing:
-        picture = out / "expert_load.png"
-        pictures.append(plot_expert_load(routing, picture, "Expert load on film comments"))
+        pictures.append(out / "expert_load.png")
+        with file_in(out, "expert_load.png") as picture:
+            plot_expert_load(routing, picture, "Expert load on film comments")
     return DemoResult(
         out=out,
         data=source,

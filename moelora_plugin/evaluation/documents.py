@@ -16,7 +16,6 @@ DuckDB can read them. Columns, one row per document:
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from moelora_eval_tasks.catalog import Task
 from moelora_eval_tasks.images import decode
 
-from ..errors import ConfigError
+from ..errors import ConfigError, first_line
 from ..files import sha256_of
 
 if TYPE_CHECKING:
@@ -32,6 +31,14 @@ if TYPE_CHECKING:
 
 THUMBNAIL = 256  # pixels
 _QUALITY = 75
+_NEVER_NULL = {
+    "task": str,
+    "doc": int,
+    "prompt": str,
+    "answer": str,
+    "answers": dict,
+    "right": dict,
+}
 
 Document = dict[str, Any]
 
@@ -41,8 +48,19 @@ def documents_file(report: Path) -> Path:
     return report.with_name(f"{report.stem}_documents.parquet")
 
 
+def holds_documents(path: Path) -> bool:
+    """Whether a file is the documents of a run."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return has_columns_of_ours(pq.read_schema(path))
+    except (pa.ArrowException, OSError):
+        return False
+
+
 def write_documents(path: Path, documents: Iterable[Document], models: Sequence[str]) -> str:
-    """Write documents whole or not at all.
+    """Write documents.
 
     Args:
         path: the file.
@@ -55,16 +73,9 @@ def write_documents(path: Path, documents: Iterable[Document], models: Sequence[
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        table = pa.Table.from_pylist(list(documents), schema=_schema(models))
-        pq.write_table(table, temporary, compression="zstd")
-        digest = sha256_of(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return digest
+    table = pa.Table.from_pylist(list(documents), schema=_schema(models))
+    pq.write_table(table, path, compression="zstd")
+    return sha256_of(path)
 
 
 def documents_of(
@@ -99,27 +110,62 @@ def documents_of(
         }
 
 
-def read_documents(path: Path, sha256: str) -> dict[str, list[Document]]:
+def read_documents(
+    path: Path, sha256: str, rows: Mapping[str, int], models: Sequence[str]
+) -> dict[str, list[Document]]:
     """The documents of a run, by task.
 
     Args:
         path: the file.
         sha256: what the run's JSON says of it.
+        rows: how many rows each task of the run has.
+        models: the run's models.
 
     Raises:
         ConfigError: the file is not the one that the run wrote.
     """
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    if sha256_of(path) != sha256:
-        raise ConfigError(
-            f"{path} is not the file that was written with its moelora_eval.json; remove it to go "
-            "without documents, or run `moelora eval` again."
+    def refuse(reason: str) -> ConfigError:
+        return ConfigError(
+            f"{path} is not the file that was written with its moelora_eval.json{reason}; remove "
+            "it to go without documents, or run `moelora eval` again."
         )
-    found: dict[str, list[Document]] = {}
-    for document in pq.read_table(path).to_pylist():
+
+    if not path.is_file() or sha256_of(path) != sha256:
+        raise refuse("")
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise refuse(f" ({first_line(error)})") from error
+    if not has_columns_of_ours(table.schema, models):
+        raise refuse(" (it has other columns)")
+    found: dict[str, list[Document]] = {task: [] for task in rows}
+    for document in table.to_pylist():
+        if not all(isinstance(document[key], kind) for key, kind in _NEVER_NULL.items()):
+            raise refuse(" (a value is missing)")
         found.setdefault(document["task"], []).append(document)
+    if {task: len(of_task) for task, of_task in found.items()} != dict(rows):
+        raise refuse(" (it has other rows)")
     return found
+
+
+def has_columns_of_ours(schema: Any, models: Sequence[str] | None = None) -> bool:
+    """Whether a parquet file's schema is that of documents, of these models where they are given.
+
+    Args:
+        schema: pyarrow's.
+        models: the models that must have answers.
+    """
+    import pyarrow as pa
+
+    if schema.names != _schema([]).names or not pa.types.is_struct(schema.field("answers").type):
+        return False
+    answers = schema.field("answers").type
+    names = [answers.field(i).name for i in range(answers.num_fields)]
+    same = models is None or sorted(names) == sorted(models)
+    return same and bool(schema.equals(_schema(names)))
 
 
 def _schema(models: Sequence[str]) -> Any:

@@ -10,6 +10,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeR
 from rich.progress import Task as Bar
 from rich.text import Text
 
+from ..text import plain
+
 
 class EvaluationProgress:
     """A bar over all rows of all models, and above it a line for each task that is finished.
@@ -48,13 +50,13 @@ class EvaluationProgress:
             To be told of each share (0 to 1) of the task that is done.
         """
         before = self._bars.tasks[self._bar].completed
-        self._bars.update(self._bar, description=f"{model} · {task}")
+        self._bars.update(self._bar, description=plain(f"{model} · {task}"))
         yield lambda share: self._bars.advance(self._bar, share * rows)
         self._bars.update(self._bar, completed=before + rows)
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""
-        self._console.print(line, markup=False)
+        self._console.print(plain(line), markup=False, emoji=False)
 
 
 class _Rate(ProgressColumn):

@@ -12,17 +12,26 @@ from moelora_eval_tasks.catalog import TASKS
 from moelora_eval_tasks.scoring import SCORE
 from moelora_eval_tasks.task import PARSED
 
-from ..files import write_text
-from .documents import Document, documents_file, documents_of, write_documents
+from ..files import check_out_file, whole_file
+from ..reading import read_json
+from ..text import plain
+from .documents import (
+    Document,
+    documents_file,
+    documents_of,
+    holds_documents,
+    write_documents,
+)
 from .expert_use import ExpertUse
 from .harness import Predictions
 from .overlap import overlap_warnings
 from .statistics import Difference, Estimate, Measurement, noise_warning
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from ..tables import PlainTable
 
 FORMAT_VERSION = 2
+EVALUATION_BYTES = 2**30  # of the JSON: tens of millions of predictions
 NOISE_MARK = "~"  # before a difference that is within noise
 _LONG = ("predictions", "expert_use")
 
@@ -56,19 +65,20 @@ class EvaluationReport:
         """What must be known before the scores are quoted, a sentence each."""
         return cautions(self.tasks, self.groups, self.details)
 
-    def table(self) -> Table:
+    def table(self) -> PlainTable:
         """A table for the terminal, in points (times 100), with the warnings under it."""
         from rich.box import SIMPLE_HEAD
-        from rich.table import Table
+
+        from ..tables import PlainTable, shown
 
         compared = self.reference is not None
         title = "Scores x 100 ± standard error"
         if compared:
             title += f"; difference from {self.reference} [95 %], {NOISE_MARK} within noise"
         # Narrow enough for 80 columns: a number that wraps is hard to read, a name is not.
-        table = Table(
+        table = PlainTable(
             title=title,
-            caption="\n".join(self.warnings),
+            caption=shown("\n".join(map(plain, self.warnings)), "table.caption"),
             caption_justify="left",
             box=SIMPLE_HEAD,
             pad_edge=False,
@@ -105,23 +115,26 @@ class EvaluationReport:
     def write(self, path: Path) -> EvaluationReport:
         """Write the JSON file and, beside it, the documents; both whole or not at all.
 
+        Those of another run are replaced.
+
         Returns:
             This report, with its `path`.
+
+        Raises:
+            ConfigError: a file that is in the way is not of a run.
         """
-        content, file = self.to_dict(), documents_file(path)
-        if self.documents is not None:
-            digest = write_documents(file, self._documents(self.documents), list(self.predictions))
-            content["documents"] = {"file": file.name, "sha256": digest}
-        parts = (
-            # Predictions and expert use are long lists: indented, they would be a number to a line.
-            f'"{key}": {json.dumps(value, indent=None if key in _LONG else 2)}'
-            for key, value in content.items()
-        )
-        try:
-            write_text(path, "{\n" + ",\n".join(parts) + "\n}\n")
-        except BaseException:
-            file.unlink(missing_ok=True)
-            raise
+        file = documents_file(path)
+        check_out_file(path, overwrite=True, is_ours=holds_evaluation, key="path")
+        check_out_file(file, overwrite=True, is_ours=holds_documents, key="path")
+        with whole_file(path) as temporary:
+            if self.documents is None:
+                _write_json(temporary, self.to_dict())
+                return replace(self, path=path)
+            with whole_file(file) as beside:
+                documents = self._documents(self.documents)
+                digest = write_documents(beside, documents, list(self.predictions))
+                record = {"documents": {"file": file.name, "sha256": digest}}
+                _write_json(temporary, {**self.to_dict(), **record})
         return replace(self, path=path)
 
     def _documents(self, rows: Callable[[str], Any]) -> Iterator[Document]:
@@ -148,6 +161,25 @@ class EvaluationReport:
         }
 
 
+def holds_evaluation(path: Path) -> bool:
+    """Whether a file is the JSON of an evaluation, of any version.
+
+    Raises:
+        ConfigError: it holds no JSON.
+    """
+    content = read_json(path, remedy="run `moelora eval` again", most=EVALUATION_BYTES)
+    return {"format_version", "tasks"} <= content.keys()
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    parts = (
+        # Predictions and expert use are long lists: indented, they would be a number to a line.
+        f'"{key}": {json.dumps(value, indent=None if key in _LONG else 2)}'
+        for key, value in content.items()
+    )
+    path.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
+
+
 def cautions(
     tasks: Mapping[str, Measurement],
     groups: Mapping[str, Measurement],
@@ -165,7 +197,7 @@ def cautions(
     return found
 
 
-def _add_rows(table: Table, name: str, one: Measurement) -> None:
+def _add_rows(table: PlainTable, name: str, one: Measurement) -> None:
     """A row per metric and model."""
     for model, estimates in one.metrics.items():
         metrics = shown_metrics(estimates)

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ConfigError
-from ..files import refuse_existing
+from ..files import check_out_file
+from .documents import documents_file, holds_documents
+from .report import holds_evaluation
 
 AUTO = "auto"  # the batch size that is chosen
 DEFAULT_OUTPUT = "moelora_eval.json"
@@ -78,7 +80,13 @@ class EvaluationRequest:
         path = Path(self.output or DEFAULT_OUTPUT)
         if path.is_dir() or not path.suffix:
             path = path / DEFAULT_OUTPUT
-        refuse_existing(path, overwrite=self.overwrite, key="--output")
+        check_out_file(
+            documents_file(path),
+            overwrite=self.overwrite,
+            is_ours=holds_documents,
+            key="--output",
+        )
+        check_out_file(path, overwrite=self.overwrite, is_ours=holds_evaluation, key="--output")
         return path
 
 

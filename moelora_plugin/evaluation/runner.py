@@ -8,6 +8,7 @@ from typing import Any
 
 from moelora_eval_tasks.catalog import GROUPS, canonical
 
+from ..checkpoint import read_manifest, resolve_adapter
 from ..errors import ConfigError
 from . import provenance
 from .answers import Answers
@@ -41,6 +42,8 @@ def evaluate(request: EvaluationRequest) -> EvaluationReport:
     path = request.output_file()
     processes = launched(request.device)
     loaded = load_tasks(request.tasks, request.data_dir, request.limit, request.seed, request.guess)
+    for adapter in request.adapters:  # `count_overlap` reads it when all is scored
+        read_manifest(resolve_adapter(adapter))
     models: dict[str, Mapping[str, Any]] = {}
     count = len(request.adapters) + (request.compare_base or not request.adapters)
     device = request.device if processes is None else str(processes.device)

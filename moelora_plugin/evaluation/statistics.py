@@ -25,6 +25,8 @@ from moelora_eval_tasks.catalog import Task
 from moelora_eval_tasks.metrics import METRICS, Array
 from moelora_eval_tasks.scoring import SCORE
 
+from ..schema import NOT_IN_FILES
+
 Key = TypeVar("Key")
 
 DRAWS = 1000
@@ -80,11 +82,6 @@ class Difference:
         """As it stands in the JSON file."""
         return {**vars(self), "confidence": CONFIDENCE, "within_noise": self.within_noise}
 
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> Difference:
-        """What `to_dict` wrote."""
-        return cls(*(content[name] for name in ("value", "stderr", "low", "high", "p_value")))
-
 
 @dataclass(frozen=True)
 class Measurement:
@@ -103,7 +100,9 @@ class Measurement:
     metrics: dict[str, dict[str, Estimate]]
     differences: dict[str, Difference] = field(default_factory=dict)
     categories: dict[str, Measurement] = field(default_factory=dict)
-    draws: dict[str, Array] = field(default_factory=dict, repr=False, compare=False)
+    draws: dict[str, Array] = field(
+        default_factory=dict, repr=False, compare=False, metadata=NOT_IN_FILES
+    )
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in the JSON file."""
@@ -116,19 +115,6 @@ class Measurement:
             "differences": {model: one.to_dict() for model, one in self.differences.items()},
             "categories": {name: one.to_dict() for name, one in self.categories.items()},
         }
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> Measurement:
-        """What `to_dict` wrote."""
-        return cls(
-            content["n"],
-            {
-                model: {name: Estimate(**estimate) for name, estimate in metrics.items()}
-                for model, metrics in content["metrics"].items()
-            },
-            {model: Difference.from_dict(one) for model, one in content["differences"].items()},
-            {name: cls.from_dict(one) for name, one in content["categories"].items()},
-        )
 
 
 def measure(

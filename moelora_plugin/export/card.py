@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from ..config import MoeLoraConfig
 from ..errors import ConfigError
 from ..files import sha256_of
 from ..manifest import WEIGHTS_FILE, entry
+from ..text import code, markdown, plain
 from .merged import Merge
 
 _PAPER = "[A Stronger Mixture of Low-Rank Experts](https://arxiv.org/abs/2502.15828) (ICML 2025)"
 
 _MAX_TARGETS = 12
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
 def read_scores(eval_file: Path | str | None, adapter: Path) -> str:
@@ -51,16 +55,17 @@ def read_scores(eval_file: Path | str | None, adapter: Path) -> str:
     return score_table(scoreboard({"": run}), [*([run.reference] if run.reference else []), model])
 
 
-def adapter_card(config: Mapping[str, Any], manifest: Mapping[str, Any], scores: str) -> str:
+def adapter_card(config: MoeLoraConfig, manifest: Mapping[str, Any], scores: str) -> str:
     """The card of a shared adapter."""
-    base = public_base(config.get("base_model_name_or_path"))
+    base = public_base(config.base_model_name_or_path)
+    experts = f"{config.num_experts} per module, top {config.top_k}, rank {config.r} each"
+    rescaling = f"{config.gate_rescale} (scope {config.gate_rescale_scope})"
     facts = {
-        "Base": f"`{base}`",
-        "Experts": f"{config['num_experts']} per module, top {config['top_k']}, rank "
-        f"{config['r']} each, alpha {config['lora_alpha']}",
-        "Router": config["router"],
-        "Gate rescaling": f"{config['gate_rescale']} (scope {config['gate_rescale_scope']})",
-        "Target modules": _targets(config.get("target_modules")),
+        "Base": code(base),
+        "Experts": markdown(f"{experts}, alpha {config.lora_alpha}"),
+        "Router": markdown(config.router),
+        "Gate rescaling": markdown(rescaling),
+        "Target modules": _targets(config.target_modules),
         **_training(manifest),
     }
     return _card(
@@ -101,7 +106,7 @@ def merged_card(base: str, merge: Merge, manifest: Mapping[str, Any], scores: st
         "# Merged MoE-LoRA checkpoint",
         f"A MoE-LoRA adapter (after {_PAPER}) folded into its base with moelora, strategy "
         f"`{merge.strategy}`. {how}",
-        _facts({"Base": f"`{public_base(base)}`", **_training(manifest)}),
+        _facts({"Base": code(public_base(base)), **_training(manifest)}),
         _scores(scores, title="Scores of the unmerged adapter"),
         "## Load it\n\n```python\nfrom transformers import AutoModelForCausalLM\n\nmodel = "
         'AutoModelForCausalLM.from_pretrained("THIS_REPOSITORY")\n```',
@@ -109,8 +114,8 @@ def merged_card(base: str, merge: Merge, manifest: Mapping[str, Any], scores: st
 
 
 def _card(base: str, library: str, *parts: str) -> str:
-    # A base that is a folder has no page on the hub to link to.
-    linked = base if "/" in base and not os.path.isdir(base) else None
+    # A base that is a folder has no page on the hub to link to, nor has what is no hub id.
+    linked = base if _HUB_ID.fullmatch(base) and not os.path.isdir(base) else None
     data = ModelCardData(
         base_model=linked, library_name=library, tags=["moelora", "lora", "mixture-of-experts"]
     )
@@ -119,32 +124,33 @@ def _card(base: str, library: str, *parts: str) -> str:
 
 def public_base(base: Any) -> str:
     """A hub id as it is; of a folder only its name, since its path is nobody else's business."""
-    name = str(base or "unknown")
+    name = plain(base or "unknown")
     return Path(name).name if os.path.isdir(name) or os.path.isabs(name) else name
 
 
-def _listing(value: Any) -> str:
-    return f"`{value}`" if isinstance(value, str) else ", ".join(f"`{v}`" for v in value or [])
+def _listing(value: Iterable[str] | str | None) -> str:
+    names = [value] if isinstance(value, str) else value or []
+    return ", ".join(map(code, names))
 
 
-def _targets(value: Any) -> str:
+def _targets(value: Collection[str] | str | None) -> str:
     """PEFT writes "all-linear" out as the full name of every module, which is a page of names."""
-    if isinstance(value, str) or len(value or []) <= _MAX_TARGETS:
+    if value is None or isinstance(value, str) or len(value) <= _MAX_TARGETS:
         return _listing(value)
     kinds = {name.rpartition(".")[2] for name in value}
     return f"{_listing(sorted(kinds))} ({len(value)} modules)"
 
 
 def _training(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """What is recorded of it."""
     facts: dict[str, str] = {}
     if (tasks := entry(manifest, "recipe", "data", "tasks")) is not None:
         facts["Trained on"] = _listing(list(tasks))
     if (name := entry(manifest, "recipe", "optimizer", "name")) is not None:
         rates = {"lr": "lr", "gate_lr": "gate lr"}
         found = {said: entry(manifest, "recipe", "optimizer", key) for key, said in rates.items()}
-        facts["Optimizer"] = ", ".join(
-            [name, *(f"{said} {rate:g}" for said, rate in found.items() if rate is not None)]
-        )
+        parts = [name, *(f"{said} {rate:g}" for said, rate in found.items() if rate is not None)]
+        facts["Optimizer"] = markdown(", ".join(parts))
     if (steps := entry(manifest, "steps")) is not None:
         facts["Steps"] = f"{steps}"
     if (number := entry(manifest, "trainable_parameters")) is not None:
@@ -152,7 +158,7 @@ def _training(manifest: Mapping[str, Any]) -> dict[str, str]:
     return facts
 
 
-def _facts(facts: Mapping[str, Any]) -> str:
+def _facts(facts: Mapping[str, str]) -> str:
     return "| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in facts.items())
 
 

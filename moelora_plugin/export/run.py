@@ -10,8 +10,6 @@ from pathlib import Path
 import torch
 from huggingface_hub import HfApi
 from rich.console import Group
-from rich.markup import escape
-from rich.table import Table
 from transformers import AutoConfig
 
 from ..analysis.names import short_name
@@ -23,9 +21,9 @@ from ..checkpoint import (
     verify_config,
     verify_weights,
 )
-from ..config import PEFT_TYPE
+from ..config import PEFT_TYPE, MoeLoraConfig
 from ..errors import ConfigError, ExportError, MissingDependencyError
-from ..files import atomic_directory, refuse_existing, write_json, write_text
+from ..files import atomic_directory, check_out_folder, write_json, write_text
 from ..manifest import (
     CONFIG_FILE,
     MANIFEST_FILE,
@@ -34,6 +32,8 @@ from ..manifest import (
     read_adapter_config,
     read_manifest,
 )
+from ..marks import MARK
+from ..tables import PlainTable, shown
 from .base_files import BaseFiles, restore_dtypes
 from .card import adapter_card, merged_card, public_base, read_scores
 from .merged import STRATEGIES, Merge, calibration_texts, merge_exact, merge_mean_gate
@@ -63,18 +63,21 @@ class ExportResult:
 
     def table(self) -> Group:
         """For the terminal: what was written and, for an approximation, how far off it is."""
-        head = Table(show_header=False, box=None, pad_edge=False)
-        head.add_row("[bold]written[/bold]", escape(str(self.out)))
-        head.add_row("[bold]files[/bold]", ", ".join(self.files))
+        head = PlainTable(show_header=False, box=None, pad_edge=False)
+        head.add_row(shown("written", "bold"), str(self.out))
+        head.add_row(shown("files", "bold"), ", ".join(self.files))
         if self.url:
-            head.add_row("[bold]pushed to[/bold]", self.url)
+            head.add_row(shown("pushed to", "bold"), self.url)
         if self.merge is None:
             return Group(head)
-        head.add_row("[bold]strategy[/bold]", self.merge.strategy)
+        head.add_row(shown("strategy", "bold"), self.merge.strategy)
         if not self.merge.layer_errors:
             return Group(head)
-        head.add_row("[bold]relative error, logits[/bold]", f"{self.merge.logit_error:.4f}")
-        errors = Table(title="Relative error of the update, worst layers", title_justify="left")
+        logit_error = f"{self.merge.logit_error:.4f}"
+        head.add_row(shown("relative error, logits", "bold"), logit_error)
+        errors = PlainTable(
+            title="Relative error of the update, worst layers", title_justify="left"
+        )
         errors.add_column("layer", overflow="fold")
         errors.add_column("error", justify="right")
         worst = sorted(self.merge.layer_errors.items(), key=lambda item: -item[1])
@@ -128,8 +131,11 @@ def export_adapter(
     if to != "merged" and strategy != "exact":
         raise ConfigError(f"--strategy {strategy} is a way to merge; pass --to merged with it.")
     resolve_dtype(dtype, "cpu")
-    refuse_existing(out, overwrite=overwrite)
+    place = check_out_folder(out, overwrite=overwrite)
     source = resolve_adapter(adapter)
+    for option, used in (("ADAPTER", source), ("--base", base)):
+        if used is not None and Path(used).is_dir() and place == Path(used).resolve():
+            raise ConfigError(f"{out} is the folder of {option}; choose another --out.")
     peft_type = read_adapter_config(source).get("peft_type")
     if peft_type != PEFT_TYPE:
         raise ExportError(
@@ -170,12 +176,15 @@ def _write_adapter(
         # Everything that belongs to the adapter; what else lies in a checkpoint folder (optimizer
         # state, the trainer's state) stays behind.
         for file in source.iterdir():
-            if _is_shared(file.name):
+            if _is_shared(file.name) and file.is_file():
                 shutil.copy2(file, folder / file.name)
         if base is not None and base != config.get("base_model_name_or_path"):
             config |= {"base_model_name_or_path": base, "revision": None}
             write_json(folder / CONFIG_FILE, config)
-        write_text(folder / "README.md", adapter_card(config, read_manifest(source), scores))
+        card = adapter_card(
+            MoeLoraConfig.from_pretrained(str(folder)), read_manifest(source), scores
+        )
+        write_text(folder / "README.md", card)
 
 
 def _is_shared(name: str) -> bool:
@@ -272,7 +281,7 @@ def _push(folder: Path, repository: str) -> str:
     api = HfApi()
     try:
         api.create_repo(repository, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=str(folder))
+        api.upload_folder(repo_id=repository, folder_path=str(folder), ignore_patterns=[MARK])
     except Exception as error:  # the HTTP client behind huggingface_hub, and so its errors, vary
         raise MissingDependencyError(
             f"{folder} is written, but pushing it to {repository!r} failed "

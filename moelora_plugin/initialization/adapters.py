@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ..base_model import HUB_ERRORS
 from ..errors import AdapterError, ConfigError, first_line
-from ..field_checks import read_json
 from ..patterns import require_cheap, whole_name
+from ..reading import read_json
 from ..values import SavedPaths, fits, require_plain
 from .base import Initialization, InitInput
 from .kaiming import Kaiming
@@ -214,16 +214,7 @@ class _Adapter:
         return a.to(dtype), b.to(dtype)
 
     def _read_config(self) -> dict[str, Any]:
-        try:
-            config = read_json(self.folder / _CONFIG)
-            if not isinstance(config, dict):
-                raise ValueError(f"it holds a {type(config).__name__}, not an object")
-        except (OSError, ValueError) as error:
-            raise AdapterError(
-                f"{self.folder / _CONFIG} is not valid JSON ({first_line(error)}); save the "
-                "adapter again."
-            ) from error
-        return config
+        return read_json(self.folder / _CONFIG, remedy="save the adapter again", error=AdapterError)
 
     def _refuse_damage(self) -> None:
         """What is read of the configuration has to be of its type."""

@@ -7,6 +7,7 @@ here imports a host, and the shipped sample needs no other library either.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,10 @@ from moelora_eval_tasks.loading import load_split
 from moelora_eval_tasks.prompts import render
 
 from ..errors import ConfigError, DataError
-from ..files import atomic_directory, refuse_existing, write_text
+from ..files import atomic_directory, check_out_folder, write_text
 from ..lookup import given, unknown_name_message
 from ..presets import PRESETS
+from ..reading import parse_json, read_json
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SHORT_PRESETS = {"gr": "gr_moe_lora", "r": "r_moe_lora"}
@@ -32,6 +34,9 @@ _PAPER = "2502.15828"
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 _ROWS_FILE = "train.jsonl"
+_ROW_CHARACTERS = 2**24  # of a row of text
+_UNQUOTED = re.compile(r"[\w./~][\w .,/@+~:=()-]*")  # in YAML and in Python's strings alike
+_IDENTIFIER = re.compile(r"\w[\w.-]*", re.ASCII)
 _OUTPUT = "output"
 
 
@@ -135,7 +140,8 @@ def write_config(
         data: a JSONL file of one's own, used where it lies.
         data_dir: where to read the task's rows; None is the hub.
         out: the folder; None is `moelora-<host>`.
-        overwrite: replace the files that are there. Others in the folder stay.
+        overwrite: replace the files that an earlier call wrote there. What has been changed since
+            is kept as NAME.old, and others in the folder stay.
 
     Raises:
         ConfigError: an unknown host, preset or task; two sources of rows; a folder in use.
@@ -150,7 +156,7 @@ def write_config(
     preset = SHORT_PRESETS.get(preset, preset)
     modules = _target_modules(preset)
     folder = out or Path(f"moelora-{host}")
-    refuse_existing(folder, overwrite=overwrite)
+    check_out_folder(folder, overwrite=overwrite)
     values = {
         "model": Path(model).absolute().as_posix() if Path(model).is_dir() else model,
         "preset": preset,
@@ -162,6 +168,11 @@ def write_config(
         "task": "NAMES",
         "model_type": _model_type(model),
     }
+    for option, value in (("--model", values["model"]), ("--data", values["data"])):
+        if not _UNQUOTED.fullmatch(value) or ": " in value:
+            raise ConfigError(
+                f"{option} {value!r} has characters that a config would have to quote; rename it."
+            )
     texts = {}
     if data is not None:
         _check_rows(Path(data), chosen)
@@ -177,7 +188,9 @@ def write_config(
     evaluate = f"moelora eval --adapter {chosen.adapter} --compare-base --tasks {values['task']}"
     if data_dir is not None:
         evaluate += f" --data-dir {Path(data_dir).absolute()}"
-    _write(folder, texts)
+    with atomic_directory(folder, overwrite=overwrite) as temporary:
+        for name, text in texts.items():
+            write_text(temporary / name, text)
     install = f"pip install moelora {chosen.install}"
     return Written(
         folder, tuple(sorted(texts)), rows, (install, f"cd {folder}", chosen.train, evaluate)
@@ -227,7 +240,9 @@ def _model_type(model: str) -> str:
     if model == DEFAULT_MODEL:
         return "model_type: llama"
     if config.is_file():
-        return f"model_type: {json.loads(config.read_text(encoding='utf-8'))['model_type']}"
+        content = read_json(config, remedy="name a folder of a model with --model")
+        if _IDENTIFIER.fullmatch(str(content.get("model_type"))):
+            return f"model_type: {content['model_type']}"
     return "# model_type: llama"
 
 
@@ -259,8 +274,10 @@ def _check_rows(file: Path, host: Host) -> None:
     """Refuse a file whose first row the host could not train on."""
     expected = ("prompt", "chosen", "rejected") if host.preferences else ("prompt", "completion")
     try:
+        if not file.is_file():
+            raise OSError("no regular file")
         with file.open(encoding="utf-8") as lines:
-            row = json.loads(next(lines, ""))
+            row = parse_json(lines.readline(_ROW_CHARACTERS).encode())
     except (OSError, ValueError) as error:
         raise DataError(
             f"--data {file} cannot be read as JSONL; expected one object per line with "
@@ -271,14 +288,3 @@ def _check_rows(file: Path, host: Host) -> None:
             f"The first row of --data {file} has not the texts {', '.join(expected)}; "
             "rename its keys."
         )
-
-
-def _write(folder: Path, texts: Mapping[str, str]) -> None:
-    """All of the files or none; where the folder is in use, what else it holds stays."""
-    if folder.is_dir() and any(folder.iterdir()):
-        for name, text in texts.items():
-            write_text(folder / name, text)
-        return
-    with atomic_directory(folder, overwrite=True) as temporary:
-        for name, text in texts.items():
-            write_text(temporary / name, text)

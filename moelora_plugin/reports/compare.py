@@ -22,7 +22,7 @@ from ..lookup import unknown_name_message
 from .runs import Run, read_run
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from ..tables import PlainTable
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Comparison:
     def __post_init__(self) -> None:
         object.__setattr__(self, "adjusted", mcnemar_p_values(self.tasks))
 
-    def tables(self) -> list[Table]:
+    def tables(self) -> list[PlainTable]:
         """For the terminal, in points (times 100)."""
         p = "p (Holm)" if len(self.adjusted) > 1 else "p"
         table = table_of(
@@ -228,12 +228,13 @@ def mcnemar_p_values(tasks: Mapping[str, Measurement]) -> dict[tuple[str, str], 
     )
 
 
-def table_of(title: str, *columns: str) -> Table:
+def table_of(title: str, *columns: str) -> PlainTable:
     """An empty table for 80 columns; ">" before a column's name puts its cells to the right."""
     from rich.box import SIMPLE_HEAD
-    from rich.table import Table
 
-    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    from ..tables import PlainTable
+
+    table = PlainTable(title=title, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for name in columns:
         right = name.startswith(">")
         table.add_column(

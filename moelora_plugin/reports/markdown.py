@@ -8,6 +8,7 @@ from moelora_eval_tasks.catalog import TASKS
 
 from ..evaluation.report import NOISE_MARK, show_difference, show_estimate, shown_metrics
 from ..evaluation.statistics import Measurement
+from ..text import markdown
 from .scoreboard import Scoreboard
 
 
@@ -20,26 +21,25 @@ def score_table(board: Scoreboard, models: Sequence[str] | None = None) -> str:
     """
     names = list(models or board.models)
     compared = [name for name in names if board.reference not in (None, name)]
-    head = ["task", "rows", "metric", "protocol", *names]
-    if compared:
-        head += [f"{name} - {board.reference} [95 %]" for name in compared]
+    head = ["task", "rows", "metric", "protocol", *map(markdown, names)]
+    head += [f"{markdown(name)} - {markdown(board.reference)} [95 %]" for name in compared]
     lines = [_line(head), _line(["---", "---:", "---", "---", *["---:"] * (len(head) - 4)])]
     for task, measured in board.tasks.items():
         protocol = TASKS[task].protocol if task in TASKS else ""
-        lines += _rows(task, protocol, measured, names, compared)
+        lines += _rows(markdown(task), protocol, measured, names, compared)
     for group, measured in board.groups.items():
-        lines += _rows(f"**{group}** (mean)", "", measured, names, compared)
+        lines += _rows(f"**{markdown(group)}** (mean)", "", measured, names, compared)
     return "\n".join([*lines, "", how_measured(board), *_notes(board)])
 
 
 def how_measured(board: Scoreboard) -> str:
     """A sentence on where the numbers come from."""
     run = next(iter(board.runs.values()))
-    versions, request = run.details["versions"], run.details["request"]
-    rows = f"up to {request['limit']} rows of a task" if request.get("limit") else "all rows"
+    ours, theirs = (markdown(run.version(name)) for name in ("moelora", "lm_eval"))
+    rows = f"up to {run.limit} rows of a task" if run.limit else "all rows"
     return (
-        f"Points (x 100) ± standard error (bootstrap over rows), measured with moelora "
-        f"{versions['moelora']} on lm-eval {versions['lm_eval']}, {rows}, zero-shot."
+        "Points (x 100) ± standard error (bootstrap over rows), measured with moelora "
+        f"{ours} on lm-eval {theirs}, {rows}, zero-shot."
     )
 
 
@@ -61,7 +61,7 @@ def _rows(
     metrics = shown_metrics(next(iter(measured.metrics.values())))
     lines = []
     for metric in metrics:
-        cells = [name, str(measured.n), metric, protocol]
+        cells = [name, str(measured.n), markdown(metric), protocol]
         cells += [show_estimate(measured.metrics[model][metric]) for model in models]
         if metric == metrics[-1]:  # the score, which is what differences are of
             cells += [show_difference(measured.differences[model]) for model in compared]
@@ -72,5 +72,4 @@ def _rows(
 
 
 def _line(cells: Sequence[str]) -> str:
-    escaped = (cell.replace("|", r"\|") for cell in cells)
-    return f"| {' | '.join(escaped)} |"
+    return f"| {' | '.join(cells)} |"

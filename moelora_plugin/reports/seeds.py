@@ -28,7 +28,7 @@ from .compare import (
 from .runs import Run
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from ..tables import PlainTable
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class SeedComparison:
         }
         object.__setattr__(self, "adjusted", holm(tests))
 
-    def tables(self) -> list[Table]:
+    def tables(self) -> list[PlainTable]:
         """For the terminal, in points (times 100)."""
         means = table_of(
             "Scores x 100 over training seeds",
@@ -271,7 +271,7 @@ def draw_means(draws: Array, seed: int, recipe: str) -> Array:
         seed: of the draws.
         recipe: its name, which gives it a stream of its own.
     """
-    rng = np.random.default_rng([seed, zlib.crc32(recipe.encode())])
+    rng = np.random.default_rng([seed, zlib.crc32(recipe.encode(errors="surrogatepass"))])
     chosen = rng.integers(len(draws), size=(len(draws) - 1, DRAWS))
     return np.asarray(np.take_along_axis(draws, chosen, axis=0).mean(axis=0))
 

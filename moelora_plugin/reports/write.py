@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import ConfigError
-from ..files import refuse_existing, write_text
+from ..files import check_out_file, write_text
 from .compare import read_runs
 from .html import render_page
 from .markdown import score_table
 from .scoreboard import scoreboard
+from .written import holds_page, holds_scores
 
 
 def write_reports(
@@ -37,9 +38,13 @@ def write_reports(
         ConfigError: a run that cannot be read, runs that were not scored on the same rows, a name
             given twice, or a file that is in the way.
     """
-    refuse_existing(page, overwrite=overwrite)
+    place = check_out_file(page, overwrite=overwrite, is_ours=holds_page)
     if markdown is not None:
-        refuse_existing(markdown, overwrite=overwrite, key="--markdown")
+        other = check_out_file(
+            markdown, overwrite=overwrite, is_ours=holds_scores, key="--markdown"
+        )
+        if other == place:
+            raise ConfigError(f"--out and --markdown are both {page}; name two files.")
     if documents < 0:
         raise ConfigError(f"documents is {documents}, expected at least 0; change --documents.")
     named = read_runs(arguments)

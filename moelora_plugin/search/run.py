@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from rich.table import Table
 from torch.utils.data import DataLoader
 from transformers import set_seed
 
 from moelora_eval_tasks.catalog import resolve
 
-from ..files import refuse_existing, write_json
+from ..files import check_out_file, write_json
+from ..reading import read_json
+from ..tables import PlainTable
 from ..training import Recipe
 from ..training.arguments import training_arguments
 from ..training.base import load_model, load_processor
@@ -35,9 +36,9 @@ class SearchResult:
     file: Path
     found: GuiLoMoResult
 
-    def table(self) -> Table:
+    def table(self) -> PlainTable:
         """The allocation for a terminal."""
-        table = Table("Module", title=f"Allocation in {self.file}", title_justify="left")
+        table = PlainTable("Module", title=f"Allocation in {self.file}", title_justify="left")
         table.add_column("Experts", justify="right")
         table.add_column("Ranks", overflow="fold")
         for name, entry in self.found.modules.items():
@@ -71,7 +72,7 @@ def guilomo(
         DataError: the data is not what a task needs.
         MissingDependencyError: the base or the data is not here and the hub is out of reach.
     """
-    refuse_existing(out, overwrite=overwrite)
+    check_out_file(out, overwrite=overwrite, is_ours=holds_allocation)
     arguments = training_arguments(recipe, Path(recipe.output_dir))
     config = adapter_config(recipe)
     resolve(recipe.data.tasks)
@@ -98,3 +99,16 @@ def guilomo(
     )
     write_json(Path(out), found.modules)
     return SearchResult(Path(out), found)
+
+
+def holds_allocation(path: Path) -> bool:
+    """Whether a file is an allocation as this search writes it.
+
+    Raises:
+        ConfigError: it holds no JSON.
+    """
+    content = read_json(path, remedy="run `moelora search` again")
+    return bool(content) and all(
+        isinstance(entry, dict) and entry.keys() == {"num_experts", "ranks"}
+        for entry in content.values()
+    )

@@ -11,8 +11,8 @@ from transformers import TrainingArguments
 
 from ..errors import ConfigError, first_line
 from ..lookup import unknown_name_message
+from ..schema import require
 from .recipe import Recipe
-from .schema import require
 
 # Fields that the recipe sets elsewhere; a second place to set them would be ignored or contradict.
 _SET_BY = {
@@ -68,7 +68,7 @@ def training_arguments(recipe: Recipe, checkpoints: Path) -> TrainingArguments:
     }
     try:
         return TrainingArguments(**values)
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # what values of the wrong type lead to differs from field to field
         raise ConfigError(
             f"transformers refuses the training section: {first_line(error)}."
         ) from error

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.table import Table
-
 from moelora_eval_tasks.catalog import resolve
 
 from ..base_model import default_device
@@ -16,8 +14,9 @@ from ..clusters import (
     read_prompts,
     require_scikit_learn,
 )
-from ..files import refuse_existing
+from ..files import check_out_folder
 from ..lookup import given
+from ..tables import PlainTable
 from .base import load_model, load_processor
 from .data import load_data, refuse_images
 from .recipe import Recipe
@@ -37,9 +36,9 @@ class ClusterResult:
     method: str
     sizes: tuple[int, ...]
 
-    def table(self) -> Table:
+    def table(self) -> PlainTable:
         """The result for a terminal."""
-        table = Table("", "", title="Clusters", show_header=False)
+        table = PlainTable("", "", title="Clusters", show_header=False)
         table.add_row("Method", self.method)
         table.add_row("Training prompts", f"{sum(self.sizes):,}")
         table.add_row("Clusters", f"{len(self.sizes):,}")
@@ -76,7 +75,7 @@ def cluster(
         MissingDependencyError: scikit-learn, the base or the data is not here.
     """
     require_scikit_learn()
-    refuse_existing(out, overwrite=overwrite)
+    check_out_folder(out, overwrite=overwrite)
     kind = given("features", method, FEATURES)
     refuse_images(resolve(recipe.data.tasks), "are not compared; cluster tasks of text alone")
     processor = load_processor(recipe.model)

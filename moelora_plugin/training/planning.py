@@ -7,9 +7,9 @@ from pathlib import Path
 
 from ..analysis.plan import AdapterPlan, Step, plan_adapter
 from ..errors import ConfigError
+from ..schema import from_mapping, require
 from .recipe import Recipe
 from .run import adapter_config
-from .schema import from_mapping, require
 from .yaml_files import apply_override, read_recipe_file, section
 
 # What transformers' TrainingArguments has for per_device_train_batch_size.

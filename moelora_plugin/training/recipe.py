@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from ..schema import from_mapping, require
 from ..types import OptimizerName
-from .schema import from_mapping, require
 from .yaml_files import apply_override, read_recipe_file, section
 
 
@@ -104,7 +104,8 @@ class DataSection:
     def __post_init__(self) -> None:
         """Check the ranges."""
         require(len(self.tasks) > 0, "data.tasks", self.tasks, "at least one task")
-        require(self.max_length > 0, "data.max_length", self.max_length, "a number above 0")
+        in_range = 0 < self.max_length < 2**31
+        require(in_range, "data.max_length", self.max_length, "a number above 0 and below 2^31")
         if self.clusters is not None:
             expected = "a folder of `moelora cluster`"
             require(Path(self.clusters).is_dir(), "data.clusters", self.clusters, expected)
@@ -156,6 +157,10 @@ class Recipe:
     training: dict[str, Any] = field(default_factory=dict)
     early_stopping: EarlyStoppingSection | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        require(0 <= self.seed < 2**32, "seed", self.seed, "a whole number from 0 to 2^32 - 1")
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain values that YAML and JSON can write and `load_recipe` reads back."""

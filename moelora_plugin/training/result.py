@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import ConfigError
+from ..files import check_out_folder, remove_if_bare, remove_own, set_aside
+from ..marks import own_files, write_mark
+from ..tables import PlainTable
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,54 @@ class RunFolder:
             )
         return str(last)
 
-    def remove_empty_folders(self) -> None:
-        """Leave nothing of a run that has saved nothing; the Trainer makes its folder early."""
-        for folder in (self.checkpoints, self.path):
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
+    def check(self, *, overwrite: bool, checkpoint: str | None) -> None:
+        """Refuse a folder that another run, or somebody else, is using.
+
+        Args:
+            overwrite: replace the run that it holds.
+            checkpoint: what the run goes on from; one of this folder means this run.
+
+        Raises:
+            ConfigError: it holds something that must stay.
+        """
+        goes_on = checkpoint is not None and Path(checkpoint).resolve().parent == (
+            self.checkpoints.resolve()
+        )
+        for folder, is_whole in ((self.path, False), (self.adapter, True)):
+            check_out_folder(
+                folder, overwrite=overwrite or goes_on, key="output_dir", is_whole=is_whole
+            )
+
+    def begin(self) -> Path | None:
+        """Make the folder, and set the checkpoints of an earlier run aside.
+
+        Returns:
+            Where those are, for `restore`.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_mark(self.path, own_files(self.path))
+        return set_aside(self.checkpoints) if self.checkpoints.is_dir() else None
+
+    def restore(self, earlier: Path | None) -> None:
+        """Leave nothing of a run that has saved nothing; the Trainer makes its folder early.
+
+        Args:
+            earlier: what `begin` returned; it gets its place back if this is free.
+        """
+        if self.checkpoints.is_dir() and not any(self.checkpoints.iterdir()):
+            self.checkpoints.rmdir()
+        if earlier is not None and earlier.exists() and not self.checkpoints.exists():
+            earlier.rename(self.checkpoints)
+        remove_if_bare(self.path)
+
+    def finish(self) -> None:
+        """Remove what is ours of the checkpoints that were set aside."""
+        for earlier in self.path.glob(f"{self.checkpoints.name}.old*"):
+            for checkpoint in earlier.iterdir():
+                if checkpoint.is_dir() and not checkpoint.is_symlink():
+                    remove_own(checkpoint)
+            if not any(earlier.iterdir()):
+                earlier.rmdir()
 
 
 @dataclass(frozen=True)
@@ -101,9 +146,9 @@ class TrainResult:
     cut_rows: int
     log_history: list[dict[str, Any]]
 
-    def table(self) -> Table:
+    def table(self) -> PlainTable:
         """The result for a terminal."""
-        table = Table("", "", title="Training", show_header=False)
+        table = PlainTable("", "", title="Training", show_header=False)
         table.add_row("Steps", f"{self.steps:,}")
         table.add_row("Training loss", f"{self.train_loss:.4f}")
         if self.eval_loss is not None:

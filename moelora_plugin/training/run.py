@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
@@ -26,16 +25,16 @@ from .. import MoeLoraConfig
 from ..checkpoint import CONFIG_FILE, extend_manifest, read_adapter_config, save_adapter
 from ..clusters import ClusterAssigner
 from ..errors import ConfigError, first_line
-from ..files import refuse_existing, write_json, write_text
+from ..files import json_text, write_text_in
 from ..routers.scores.embedding import DEFAULT_NUM_IDS
 from ..run_guards import refuse_other_config
+from ..schema import require
 from .arguments import training_arguments
 from .base import load_model, load_processor
 from .callbacks import RoutingLog, record_routing
 from .data import Collator, TrainingData, collator_for, load_data, refuse_images
 from .recipe import Recipe
 from .result import RunFolder, TrainResult
-from .schema import require
 from .trainer import MoeLoraTrainer
 
 logger = logging.getLogger(__name__)
@@ -67,8 +66,7 @@ def train(
     """
     folder = RunFolder(Path(recipe.output_dir))
     checkpoint = None if resume is None else folder.checkpoint(resume)
-    if checkpoint is None:
-        refuse_existing(folder.path, overwrite=overwrite, key="output_dir")
+    folder.check(overwrite=overwrite, checkpoint=checkpoint)
     arguments = training_arguments(recipe, folder.checkpoints)
     config = adapter_config(recipe)
     if checkpoint is not None:
@@ -102,9 +100,10 @@ def train(
     trainable_parameters, _ = model.get_nb_trainable_parameters()
     collator = collator_for(processor)
 
+    earlier = None
     try:
         if checkpoint is None and arguments.should_save:
-            shutil.rmtree(folder.checkpoints, ignore_errors=True)  # there are some if we overwrite
+            earlier = folder.begin()
         trainer = _trainer(recipe, model, processor, data, collator, arguments, callbacks)
         outcome = trainer.train(resume_from_checkpoint=checkpoint)
         if not math.isfinite(outcome.training_loss):
@@ -117,7 +116,7 @@ def train(
         ) from error
     finally:
         if arguments.should_save:
-            folder.remove_empty_folders()
+            folder.restore(earlier)
     result = TrainResult(
         output_dir=folder.path,
         adapter_dir=folder.adapter,
@@ -139,7 +138,8 @@ def train(
             manifest=_manifest(recipe, data, processor, result),
             overwrite=overwrite or checkpoint is not None,
         )
-        write_text(folder.recipe, yaml.safe_dump(recipe.to_dict(), sort_keys=False))
+        settings = yaml.safe_dump(recipe.to_dict(), sort_keys=False)
+        write_text_in(folder.path, folder.recipe.name, settings)
     measured: dict[str, Any] = {}
     if evaluates:
         measured |= _measured("eval_loss", lambda: trainer.evaluate()["eval_loss"])
@@ -153,8 +153,9 @@ def train(
                 batch_size=arguments.per_device_eval_batch_size,
             ),
         )
-        write_json(folder.log_history, result.log_history)
+        write_text_in(folder.path, folder.log_history.name, json_text(result.log_history))
         extend_manifest(folder.adapter, measured)
+        folder.finish()
     return replace(result, eval_loss=measured.get("eval_loss"))
 
 

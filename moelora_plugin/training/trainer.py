@@ -13,6 +13,7 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from ..files import put_folder
 from ..optim import build_optimizer
 
 STAGING = ".partial"  # not `checkpoint-N`, so nothing that looks for checkpoints sees it
@@ -60,8 +61,7 @@ class MoeLoraTrainer(Trainer):
             self.accelerator.wait_for_everyone()  # every process writes a file of its own
             if self.args.should_save:
                 # A resumed run may come past a step that an earlier run has saved.
-                shutil.rmtree(run_dir / name, ignore_errors=True)
-                os.replace(staging / name, run_dir / name)
+                put_folder(staging / name, run_dir / name)
                 rotate_checkpoints(
                     str(run_dir),
                     save_total_limit=self.args.save_total_limit,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +11,12 @@ from typing import Any
 
 import yaml
 
-from ..errors import ConfigError
+from ..errors import ConfigError, first_line
+from ..reading import DEPTH, Unreadable, read_text
+
+_RECIPE_BYTES = 2**20  # of a file that people write
+_BRACKETS = {"[": 1, "{": 1, "]": -1, "}": -1}
+_MOST_VALUES = 100_000  # of a file, every alias written out
 
 _BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
 
@@ -43,17 +50,17 @@ def read_recipe_file(path: Path, readers: tuple[Path, ...] = ()) -> dict[str, An
     Raises:
         ConfigError: a file is missing, is not a YAML mapping, or extends itself.
     """
-    path = path.resolve()
-    if path in readers:
+    if any(os.path.realpath(path) == os.path.realpath(reader) for reader in readers):
         raise ConfigError(f"{path} extends itself through {readers[-1]}; change extends.")
+    reader = f" that {readers[-1]} extends" if readers else ""
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except OSError as error:
-        reader = f" that {readers[-1]} extends" if readers else ""
-        raise ConfigError(f"Cannot read the recipe {path}{reader}: {error.strerror}.") from error
-    except yaml.YAMLError as error:
-        problem = " ".join(str(error).split())
-        raise ConfigError(f"The recipe {path} is not valid YAML: {problem}.") from error
+        text = read_text(path, _RECIPE_BYTES)
+    except Unreadable as reason:
+        raise ConfigError(f"The recipe {path}{reader} {reason}.") from reason
+    try:
+        values = _parse(text)
+    except Unreadable as reason:
+        raise ConfigError(f"The recipe {path}{reader} is not valid YAML: {reason}.") from reason
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds {type(values).__name__}, but a mapping is expected.")
     base = values.pop("extends", None)
@@ -74,12 +81,14 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     if not key or not equals:
         raise ConfigError(f"The override {override!r} is not key=value, as in optimizer.lr=1e-4.")
     try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+        value = _parse(text)
+    except Unreadable as reason:
         raise ConfigError(
             f"The value of the override {override!r} is no YAML; quote it."
-        ) from error
+        ) from reason
     *parents, last = key.split(".")
+    if len(parents) >= DEPTH:
+        raise ConfigError(f"The key {key[:40]}... has {len(parents) + 1:,} parts; remove some.")
     for parent in parents:
         values = section(values, parent)
     values[last] = value
@@ -97,6 +106,53 @@ def section(values: dict[str, Any], key: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ConfigError(f"{key} is {found!r}, but a mapping is expected; change {key}.")
     return found
+
+
+def _parse(text: str) -> Any:
+    """YAML's value.
+
+    Raises:
+        Unreadable: it is not YAML, or its aliases stand for more than a recipe can hold.
+    """
+    steps = (_BRACKETS.get(char, 0) for char in text)
+    if max(itertools.accumulate(steps), default=0) > 10 * DEPTH:  # PyYAML would take seconds
+        raise Unreadable("it is nested too deeply")
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _refuse_bombs(node)
+        return loader.construct_document(node)
+    except RecursionError:
+        raise Unreadable("it is nested too deeply") from None
+    except yaml.YAMLError as error:
+        raise Unreadable(" ".join(str(error).split())) from error
+    except (ValueError, OverflowError) as error:  # a number or a date that Python cannot hold
+        raise Unreadable(first_line(error)) from error
+
+
+def _refuse_bombs(root: yaml.Node) -> None:
+    """Refuse what grows when its aliases are written out, before anything writes them out."""
+    sizes: dict[int, int] = {}  # of what is done; 0 while a node is being counted
+
+    def count(node: yaml.Node, depth: int) -> int:
+        if id(node) in sizes:
+            if not sizes[id(node)]:
+                raise Unreadable("an alias stands inside of what it stands for")
+            return sizes[id(node)]
+        if depth > DEPTH:
+            raise Unreadable("it is nested too deeply")
+        sizes[id(node)] = 0
+        parts = node.value if isinstance(node, yaml.CollectionNode) else []
+        children = (child for part in parts for child in (part if type(part) is tuple else [part]))
+        size = 1 + sum(count(child, depth + 1) for child in children)
+        if size > _MOST_VALUES:
+            raise Unreadable(f"with its aliases written out it has over {_MOST_VALUES:,} values")
+        sizes[id(node)] = size
+        return size
+
+    count(root, 0)
 
 
 def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:

@@ -87,6 +87,7 @@ def rewrite(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 def test_what_is_saved(bases, saved):
     assert sorted(file.name for file in saved.iterdir()) == [
+        ".moelora.json",
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -143,10 +144,12 @@ def test_a_folder_that_holds_something_is_refused(bases, saved):
     )
 
 
-def test_overwriting_replaces_the_whole_folder(bases, saved):
-    (saved / "left over").write_text("from before")
+def test_overwriting_replaces_what_we_wrote(bases, saved):
+    names = {file.name for file in saved.iterdir()}
+    (saved / "notes.txt").write_text("mine")
     save_adapter(adapted(bases / "right"), saved, overwrite=True)
-    assert not (saved / "left over").exists()
+    assert (saved / "notes.txt").read_text() == "mine"
+    assert {file.name for file in saved.iterdir()} <= names | {"notes.txt"}
     assert "recipe" not in read_manifest(saved)
     assert list(saved.parent.iterdir()) == [saved]
 

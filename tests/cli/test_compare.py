@@ -71,13 +71,15 @@ def test_recipes_over_seeds(seeds: list[str], tmp_path: Path) -> None:
 
 def test_an_output_is_kept_unless_told_otherwise(runs: list[str], tmp_path: Path) -> None:
     output = tmp_path / "comparison.json"
-    output.write_text("{}", encoding="utf-8")
     arguments = ["compare", *runs, "--output", str(output)]
+    assert runner.invoke(app, arguments).exit_code == 0
+    written = output.read_bytes()
     result = runner.invoke(app, arguments)
     assert result.exit_code == 1
     assert "already holds something; choose another --output or pass --overwrite" in result.stderr
-    assert output.read_text(encoding="utf-8") == "{}"
-    assert runner.invoke(app, [*arguments, "--overwrite"]).exit_code == 0
+    assert output.read_bytes() == written
+    assert runner.invoke(app, [*arguments, "--overwrite", "--seed", "1"]).exit_code == 0
+    assert output.read_bytes() != written
 
 
 def test_what_cannot_be_compared_is_one_line_and_no_file(runs: list[str], tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_a_folder_to_run_in(host: str) -> None:
     output = written(host, "--preset", "gr", "--model", "some/model", "--out", "made")
     folder = Path("made")
     names = {path.name for path in folder.iterdir()}
-    assert names == {*HOSTS[host].files, "train.jsonl"}
+    assert names == {*HOSTS[host].files, "train.jsonl", ".moelora.json"}
     everything = ""
     for name in HOSTS[host].files:
         text = (folder / name).read_text("utf-8")
@@ -218,6 +218,7 @@ def test_a_folder_in_use_is_refused_and_overwriting_keeps_what_is_not_ours() -> 
     assert config.read_text() == "edited"
     written("trl", "--out", "made", "--overwrite")
     assert "MoeLoraConfig" in config.read_text()
+    assert Path("made", "trl_sft.py.old").read_text() == "edited"
     assert adapter.read_text() == "trained"
 
 

@@ -32,13 +32,14 @@ def test_a_page_and_markdown_are_written(tmp_path: Path) -> None:
 def test_a_page_that_is_there_stays(tmp_path: Path) -> None:
     source = write_run(tmp_path / "moelora_eval.json")
     page = tmp_path / "report.html"
-    page.write_text("mine")
-    code, output = run(source, "--out", page)
+    assert run(source, "--out", page)[0] == 0
+    written = page.read_bytes()
+    code, output = run(source, "--out", page, "--documents", "1")
     assert code == 1
     assert "already holds something; choose another --out or pass --overwrite" in output
-    assert page.read_text() == "mine"
-    assert run(source, "--out", page, "--overwrite")[0] == 0
-    assert page.read_text() != "mine"
+    assert page.read_bytes() == written
+    assert run(source, "--out", page, "--documents", "1", "--overwrite")[0] == 0
+    assert page.read_bytes() != written
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,11 @@ def test_it_loads_as_any_data_folder(tmp_path: Path) -> None:
         assert loaded["sentence"] == [row["sentence"] for row in rows(split)]
         assert loaded["label"] == [row["label"] for row in rows(split)]
     found = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
-    assert found == ["data/glue_sst2/train.parquet", "data/glue_sst2/validation.parquet"]
+    assert found == [
+        ".moelora.json",
+        "data/glue_sst2/train.parquet",
+        "data/glue_sst2/validation.parquet",
+    ]
 
 
 def test_the_data_that_is_used(tmp_path: Path) -> None:

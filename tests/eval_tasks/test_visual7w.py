@@ -86,6 +86,7 @@ def test_the_official_files_become_a_data_folder(zipped: bool, tmp_path: Path) -
     assert prepared.rows == {"train": 1, "validation": 1, "test": 3}
     assert prepared.images == len(seen) == 4
     assert sorted(path.name for path in prepared.folder.iterdir()) == [
+        ".moelora.json",
         "images",
         "test.parquet",
         "train.parquet",

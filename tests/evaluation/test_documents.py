@@ -29,7 +29,12 @@ def test_each_row_has_its_prompt_and_what_each_model_answered(
     record = json.loads(output.read_text())["documents"]
     file = output.with_name(record["file"])
     assert record == {"file": "moelora_eval_documents.parquet", "sha256": sha256_of(file)}
-    documents = read_documents(file, record["sha256"])
+    documents = read_documents(
+        file,
+        record["sha256"],
+        {name: one.n for name, one in written.tasks.items()},
+        ["base", "model"],
+    )
     assert list(documents) == tasks
     for task, rows in documents.items():
         for model in ("base", "model"):
@@ -96,4 +101,4 @@ def test_documents_of_another_run_are_refused(tmp_path: Path) -> None:
     write_run(tmp_path / "moelora_eval.json")
     file = tmp_path / "moelora_eval_documents.parquet"
     with pytest.raises(ConfigError, match=r"documents.parquet is not the file that was written"):
-        read_documents(file, "0" * 64)
+        read_documents(file, "0" * 64, {"sst2": 60, "rte": 40}, ["base", "adapter"])

@@ -38,7 +38,7 @@ def test_the_output_is_a_file_or_a_folder(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_an_existing_output_is_kept_unless_told_otherwise(tmp_path: Path) -> None:
-    (tmp_path / "moelora_eval.json").write_text("{}")
+    (tmp_path / "moelora_eval.json").write_text('{"format_version": 1, "tasks": {}}')
     request = {"tasks": ("sst2",), "base": "a/model", "output": tmp_path}
     with pytest.raises(ConfigError, match=r"already holds something; choose another --output or"):
         EvaluationRequest(**request).output_file()

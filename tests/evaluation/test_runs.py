@@ -44,14 +44,17 @@ def test_a_folder_stands_for_the_file_in_it(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (None, r"run\.json does not exist; name a file that `moelora eval` has written\.$"),
-        ("no JSON", r"is not a file that `moelora eval` has written\.$"),
-        ("[1, 2]", r"is not a file that `moelora eval` has written\.$"),
-        ('{"name": "something else"}', r"is not a file that `moelora eval` has written\.$"),
+        (
+            "no JSON",
+            r"is not a file that `moelora eval` has written \(it is not valid JSON .*\); ",
+        ),
+        ("[1, 2]", r"is not a file that `moelora eval` has written; name one that is\.$"),
+        ('{"name": "something else"}', r"is not a file that `moelora eval` has written; name one"),
         (
             '{"format_version": 1}',
             r"has format version 1, this moelora reads 2; run `moelora eval`",
         ),
-        ('{"format_version": 2}', r"is incomplete or was changed \(KeyError 'models'\); run"),
+        ('{"format_version": 2}', r"is incomplete or was changed: models is missing; run"),
     ],
 )
 def test_what_is_no_run_is_refused(content: str | None, message: str, tmp_path: Path) -> None:
@@ -67,5 +70,5 @@ def test_a_file_with_rows_missing_is_refused(tmp_path: Path) -> None:
     content = json.loads(file.read_text(encoding="utf-8"))
     content["predictions"]["rte"]["models"]["base"].pop()
     file.write_text(json.dumps(content), encoding="utf-8")
-    with pytest.raises(ConfigError, match="predictions and labels differ in number"):
+    with pytest.raises(ConfigError, match=r"predictions\.rte\.models\.base is .* each of 120 rows"):
         read_run(file)

@@ -29,6 +29,7 @@ from .conftest import SaveAdapter, make_adapter
 
 IDS = torch.tensor([[0, 40, 50, 60, 70]])
 FILES = [
+    ".moelora.json",
     "README.md",
     "adapter_config.json",
     "adapter_model.safetensors",
@@ -188,19 +189,19 @@ def test_a_folder_that_holds_something_is_refused_until_overwritten(
     (out / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match=r"already holds something.*--out.*--overwrite"):
         export_adapter(adapter, out)
-    assert (out / "notes.txt").read_text() == "mine"
     export_adapter(adapter, out, overwrite=True)
-    assert names(out) == FILES
+    assert names(out) == sorted([*FILES, "notes.txt"])
+    assert (out / "notes.txt").read_text() == "mine"
     assert names(tmp_path) == ["adapter", "shared"]
 
 
-def test_a_file_in_the_way_is_replaced_when_told(save: SaveAdapter, tmp_path: Path) -> None:
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_in_the_way_stays(save: SaveAdapter, tmp_path: Path, overwrite: bool) -> None:
     adapter, out = save(), tmp_path / "shared"
     out.write_text("a file")
-    with pytest.raises(ConfigError, match="already holds something"):
-        export_adapter(adapter, out)
-    export_adapter(adapter, out, overwrite=True)
-    assert names(out) == FILES
+    with pytest.raises(ConfigError, match="is a file, which not even --overwrite replaces"):
+        export_adapter(adapter, out, overwrite=overwrite)
+    assert out.read_text() == "a file"
     assert names(tmp_path) == ["adapter", "shared"]
 
 
@@ -253,7 +254,9 @@ def test_pushing(save: SaveAdapter, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     result = export_adapter(save(), out, push_to_hub="me/sst2-moelora")
     assert api.mock_calls == [
         call.create_repo("me/sst2-moelora", exist_ok=True),
-        call.upload_folder(repo_id="me/sst2-moelora", folder_path=str(out)),
+        call.upload_folder(
+            repo_id="me/sst2-moelora", folder_path=str(out), ignore_patterns=[".moelora.json"]
+        ),
     ]
     assert result.url == "https://huggingface.co/me/sst2-moelora"
     console = Console(width=200, record=True)

@@ -19,10 +19,10 @@ from host_runs import adapter_tensors, losses
 from transformers import AutoTokenizer
 
 from moelora_eval_tasks.catalog import TASKS
+from moelora_plugin.schema import from_mapping
 from moelora_plugin.training import train
 from moelora_plugin.training.data import load_data
 from moelora_plugin.training.recipe import Recipe
-from moelora_plugin.training.schema import from_mapping
 
 SEED = 7
 STEPS = 12  # two epochs

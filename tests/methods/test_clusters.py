@@ -233,8 +233,11 @@ def test_gradients_need_a_linear():
     ("damage", "message"),
     [
         (lambda f: (f / "clusters.json").unlink(), "holds no clusters.json"),
-        (lambda f: (f / "clusters.json").write_text("{"), "clusters.json is damaged"),
-        (lambda f: (f / "clusters.json").write_text("{}"), "it lacks base"),
+        (lambda f: (f / "clusters.json").write_text("{"), "clusters.json is not valid JSON"),
+        (
+            lambda f: (f / "clusters.json").write_text("{}"),
+            "clusters.json is damaged: method is missing",
+        ),
         (lambda f: (f / "clusters.safetensors").unlink(), "clusters.safetensors is damaged"),
         (lambda f: (f / "clusters.safetensors").write_text("x"), "sha256 is not the one in"),
     ],

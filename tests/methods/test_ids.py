@@ -33,11 +33,11 @@ from moelora_plugin.clusters import EmbeddingFeatures, fit_clusters, read_prompt
 from moelora_plugin.errors import ConfigError, ExportError
 from moelora_plugin.evaluation import EvaluationRequest, evaluate, evaluate_model
 from moelora_plugin.model import find_tuner, moelora_layers
+from moelora_plugin.schema import from_mapping
 from moelora_plugin.training import train
 from moelora_plugin.training.data import load_data
 from moelora_plugin.training.examples import AnswerCollator
 from moelora_plugin.training.recipe import Recipe
-from moelora_plugin.training.schema import from_mapping
 
 TASK = {"router_input": "task", "router_score": "embedding"}
 TASK_IDS = torch.tensor([1, 0, 2])

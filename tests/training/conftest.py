@@ -12,8 +12,8 @@ from datasets import Dataset
 from tiny import tiny_llama, tiny_tokenizer
 
 from moelora_eval_tasks.catalog import TASKS
+from moelora_plugin.schema import from_mapping
 from moelora_plugin.training.recipe import Recipe
-from moelora_plugin.training.schema import from_mapping
 
 MakeRecipe = Callable[..., Recipe]
 

@@ -55,6 +55,7 @@ def test_a_run_leaves_adapter_recipe_history_and_checkpoints(make_recipe: MakeRe
     result = train(recipe)
     folder = result.output_dir
     assert sorted(path.name for path in folder.iterdir()) == [
+        ".moelora.json",
         "adapter",
         "checkpoints",
         "log_history.json",

@@ -1,8 +1,8 @@
 """A page of scores that opens without a network: one file with its styles, scripts and pictures.
 
 `page.html` is the template; `page.css` and `page.js` go into it as they are. Whatever comes from
-data is escaped: by the template, which escapes by default, or by `_for_script`, and the script
-makes text of it, never markup.
+data is made harmless and escaped: by the template, which does so by default, or by `_for_script`,
+and the script makes text of it, never markup.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from jinja2 import DictLoader, Environment, StrictUndefined
 from moelora_eval_tasks.catalog import TASKS
 
 from ...evaluation.report import show_difference, show_estimate, shown_metrics
+from ...text import block
 from ..runs import Run
 from ..scoreboard import Scoreboard
 from .plot import forest_plot
@@ -42,6 +43,7 @@ def render_page(board: Scoreboard, documents: int = DOCUMENTS) -> str:
         loader=DictLoader(sources),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=_shown,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -70,7 +72,20 @@ def render_page(board: Scoreboard, documents: int = DOCUMENTS) -> str:
 
 def _for_script(data: Any) -> str:
     """JSON in which no tag begins, so that it can stand inside a <script> element."""
-    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    text = json.dumps(_harmless(data), ensure_ascii=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c")
+
+
+def _harmless(value: Any) -> Any:
+    """Nested values with every text in them, keys too, as the template shows it."""
+    if isinstance(value, dict):
+        return {_shown(key): _harmless(one) for key, one in value.items()}
+    return list(map(_harmless, value)) if isinstance(value, list) else _shown(value)
+
+
+def _shown(value: Any) -> Any:
+    """What the template prints: texts without what a browser would carry out."""
+    return block(value) if type(value) is str else value  # not what is markup of ours already
 
 
 def _record(run: Run) -> str:

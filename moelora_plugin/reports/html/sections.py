@@ -21,8 +21,10 @@ def documents_of(board: Scoreboard, most: int) -> list[dict[str, Any]]:
     tables: dict[str, dict[str, list[Document]]] = {}
     for run in board.runs.values():
         record = run.details.get("documents")
-        if record and (path := run.path.with_name(record["file"])).is_file():
-            tables[str(run.path)] = read_documents(path, record["sha256"])
+        if record and (path := run.path.with_name(record["file"])).exists():
+            numbers = {task: len(one.label) for task, one in run.predictions.items()}
+            models = list(next(iter(run.predictions.values())).preds)
+            tables[str(run.path)] = read_documents(path, record["sha256"], numbers, models)
     shown = []
     for task in board.tasks:
         by_model = {
