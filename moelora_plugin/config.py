@@ -162,6 +162,8 @@ class MoeLoraConfig(PeftConfig):
 
     # No field: it is not saved. Whether the values of the adapter come from its file.
     from_file = False
+    # Whether target_modules is a preset's choice, which not every base has all of.
+    targets_by_default = False
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> MoeLoraConfig:
@@ -175,7 +177,9 @@ class MoeLoraConfig(PeftConfig):
             ConfigError: unknown preset (the nearest names are offered), or one that needs a value
                 which only the user can give, and did not.
         """
-        return cls(**resolve(name, lookup("presets", name, PRESETS), overrides))
+        config = cls(**resolve(name, lookup("presets", name, PRESETS), overrides))
+        config.targets_by_default = overrides.get("target_modules") is None
+        return config
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> MoeLoraConfig:

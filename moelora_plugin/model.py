@@ -12,7 +12,6 @@ from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from .allocation import ALLOCATIONS
 from .config import MoeLoraConfig
@@ -20,8 +19,10 @@ from .errors import ConfigError
 from .initialization import INITIALIZATIONS
 from .layers import AuxLosses, MoeLoraLinear, RoutedLayer, Shared
 from .layers.block import blocks_of
+from .layers.first_step import FirstStep
 from .layers.sites import SITES, Site
 from .lookup import lookup, with_options
+from .targets import choose_targets
 from .types import GateRescale, Place
 
 
@@ -56,7 +57,17 @@ class MoeLoraModel(BaseTuner):
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        """PEFT's own; then what the adapter's layers share is set up."""
+        """PEFT's own, once the targets are settled; then what the layers share is set up."""
+        config = self.config_of(adapter_name)
+        choose_targets(
+            model,
+            config,
+            self.target_module_mapping,
+            self.get_model_config(model).get("model_type"),
+            is_saved=config.from_file
+            or config.inference_mode
+            or kwargs.get("state_dict") is not None,
+        )
         tuned = [n for n, m in model.named_modules() if isinstance(m, RoutedLayer)]
         self._places = places(
             name
@@ -73,6 +84,8 @@ class MoeLoraModel(BaseTuner):
             adapter_name in layer.moelora_router for layer in routed_layers(model).values()
         )
         self.shared.call.watch(model)
+        if not config.inference_mode:
+            FirstStep(adapter_name).watch(model)
         text = _text_modules(model)
         for layer in routed_layers(model).values():
             layer.sees_images = text is not None and layer not in text
@@ -81,20 +94,6 @@ class MoeLoraModel(BaseTuner):
         """Say what is wrong with the base before PEFT says less, or nothing."""
         assert isinstance(config, MoeLoraConfig)
         _refuse_sharded(model)
-        if config.target_modules is None:
-            model_type = self.get_model_config(model).get("model_type")
-            if model_type not in self.target_module_mapping:
-                raise ConfigError(
-                    f"There is no default for model type {model_type!r}; set target_modules to "
-                    f"some of {', '.join(_linear_names(model))}, or to 'all-linear'."
-                )
-        elif config.target_modules != "all-linear" and not any(
-            self._check_target_module_exists(config, key) for key, _ in model.named_modules() if key
-        ):
-            raise ConfigError(
-                f"target_modules={config.target_modules!r} matches no module; the model's linear "
-                f"modules are {', '.join(_linear_names(model))}."
-            )
 
     def _create_and_replace(
         self,
@@ -182,9 +181,12 @@ class MoeLoraModel(BaseTuner):
         # Our hooks would take the ids of an adapter that is added next. By owner, since a copy of
         # the model has no handles of its own.
         for hooks in (self.model._forward_pre_hooks, self.model._forward_hooks):
-            for key in [k for k, hook in hooks.items() if _owner(hook) is self.shared.call]:
+            for key in [k for k, hook in hooks.items() if self._is_ours(_owner(hook))]:
                 del hooks[key]
         return self.model
+
+    def _is_ours(self, owner: Any) -> bool:
+        return owner is self.shared.call or isinstance(owner, FirstStep)
 
     def _refuse_partial_merge(self, adapter_names: list[str] | None) -> None:
         """Ask every layer before the first is touched.
@@ -282,14 +284,3 @@ def _refuse_sharded(model: nn.Module) -> None:
             "sharded while loading), which MoE-LoRA layers do not support; load it whole, add the "
             "adapter, and train with DDP or FSDP2 (or DeepSpeed ZeRO stage 1 or 2)."
         )
-
-
-def _linear_names(model: nn.Module) -> list[str]:
-    """Last parts of the names of all linear modules: what target_modules usually holds."""
-    return sorted(
-        {
-            name.removesuffix(".base_layer").rpartition(".")[2]
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear | Conv1D)
-        }
-    )
