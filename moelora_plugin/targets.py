@@ -26,7 +26,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.pytorch_utils import Conv1D
 
 from .config import MoeLoraConfig
-from .errors import ConfigError
+from .errors import ConfigError, ReachWarning
 from .layers.linear_maps import features, maps_rows, weights_read
 
 ALL_LINEAR = "all-linear"
@@ -164,7 +164,8 @@ def choose_targets(
     if notes and not is_default:
         raise ConfigError(f"target_modules={_shown(targets)} {notes[0]}")
     for note in notes:
-        warnings.warn(f"The default target_modules={_shown(targets)} {note}", stacklevel=2)
+        text = f"The default target_modules={_shown(targets)} {note}"
+        warnings.warn(text, ReachWarning, stacklevel=2)
     _check_layers(base, config)
     _leave_out_the_dead(base, config, chosen)
 
@@ -187,6 +188,7 @@ def _leave_out_the_dead(base: Base, config: MoeLoraConfig, chosen: list[str]) ->
         warnings.warn(
             f"target_modules={_shown(targets)} leaves out, of {type(base.model).__name__}: "
             f"{_by_obstacle(obstacles)}.",
+            ReachWarning,
             stacklevel=2,
         )
 
@@ -221,6 +223,7 @@ def _expand(base: Base, config: MoeLoraConfig, quiet: bool) -> None:
         warnings.warn(
             f"target_modules='all-linear' leaves out, of {type(base.model).__name__}: "
             f"{'; '.join(parts)}.",
+            ReachWarning,
             stacklevel=2,
         )
 

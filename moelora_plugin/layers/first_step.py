@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ..errors import ReachWarning
 from .linear import MoeLoraLinear
 
 _SHOWN = 8
@@ -71,6 +72,7 @@ class FirstStep:
                 f"The first training step did not reach {len(dead)} adapted linears, which learn "
                 f"nothing from such a step: {_shown(dead, reached)}; leave them out with "
                 "exclude_modules unless other batches use them.",
+                ReachWarning,
                 stacklevel=2,
             )
 
