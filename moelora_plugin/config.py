@@ -195,9 +195,10 @@ class MoeLoraConfig(PeftConfig):
     is_saved = False
     # The shapes that they have there, which `load_adapter` notes so that no others are made.
     stored_shapes = _NO_SHAPES
-
-    # No field either: the exponent that the adapter trains with where `gate_rescale` says "auto",
-    # once an optimizer has settled it. What was asked for stays as it is; a file has what was used.
+    # Whether target_modules is a preset's choice, which not every base has all of.
+    targets_by_default = False
+    # The exponent that the adapter trains with where `gate_rescale` says "auto", once an optimizer
+    # has settled it. What was asked for stays as it is; a file has what was used.
     gate_rescale_used = cast("GateRescale | None", None)
 
     @classmethod
@@ -214,7 +215,9 @@ class MoeLoraConfig(PeftConfig):
         """
         if not isinstance(name, str):
             raise ConfigError(f"The preset {shown(name)} must be the name of one.")
-        return cls(**resolve(name, given("presets", name, PRESETS), overrides))
+        config = cls(**resolve(name, given("presets", name, PRESETS), overrides))
+        config.targets_by_default = overrides.get("target_modules") is None
+        return config
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> MoeLoraConfig:

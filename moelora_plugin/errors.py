@@ -47,6 +47,10 @@ class MissingDependencyError(MoeLoraError, RuntimeError):
     """A package, file or network connection the work needs is not there."""
 
 
+class ReachWarning(UserWarning):
+    """An adapter reaches less of its base than its configuration may lead one to think."""
+
+
 def first_line(error: Exception) -> str:
     """What another library's error says, as part of one of our sentences.
 

@@ -13,7 +13,6 @@ from peft.peft_model import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from .allocation import ALLOCATIONS
 from .config import MoeLoraConfig
@@ -22,11 +21,13 @@ from .frozen import freeze_again
 from .initialization import INITIALIZATIONS
 from .layers import AuxLosses, MoeLoraLinear, RoutedLayer, Shared
 from .layers.block import blocks_by_adapter, blocks_of
+from .layers.first_step import FirstStep, unwatch_first_steps
 from .layers.mixed import mixed_batch
 from .layers.sites import SITES, Site
 from .layers.streams import assign_streams
 from .lookup import lookup, with_options
 from .ops.finite import first_not_finite
+from .targets import choose_targets
 from .types import GateRescale, Place
 
 # What the sequences of a call or of a generation may be called.
@@ -80,15 +81,23 @@ class MoeLoraModel(BaseTuner):
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        """PEFT's own; then what the adapter's layers share is set up."""
+        """PEFT's own, once the targets are settled; then what the layers share is set up."""
         config = self.config_of(adapter_name)
-        if not (config.from_file or config.inference_mode):
+        is_saved = config.from_file or config.inference_mode
+        if not is_saved:
             _refuse_pattern_alone(config)
         state_dict = kwargs.get("state_dict")
         self._from_state_dict = None
         if state_dict is not None:
             keys = (key.rsplit(f".{self.prefix}", 1)[0] for key in state_dict)
             self._from_state_dict = {_own_name(key) for key in keys}
+        choose_targets(
+            model,
+            config,
+            self.target_module_mapping,
+            self.get_model_config(model).get("model_type"),
+            is_saved=is_saved or state_dict is not None,
+        )
         tuned = [n for n, m in model.named_modules() if isinstance(m, RoutedLayer)]
         self._places = places(
             _own_name(name)
@@ -105,25 +114,13 @@ class MoeLoraModel(BaseTuner):
             adapter_name in layer.moelora_router for layer in routed_layers(model).values()
         )
         assign_streams(model, self.shared.call)
+        if not config.inference_mode:
+            FirstStep(adapter_name).watch(model)
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         """Say what is wrong with the base before PEFT says less, or nothing."""
         assert isinstance(config, MoeLoraConfig)
         _refuse_sharded(model)
-        if config.target_modules is None:
-            model_type = self.get_model_config(model).get("model_type")
-            if model_type not in self.target_module_mapping:
-                raise ConfigError(
-                    f"There is no default for model type {model_type!r}; set target_modules to "
-                    f"some of {', '.join(_linear_names(model))}, or to 'all-linear'."
-                )
-        elif config.target_modules != "all-linear" and not any(
-            self._check_target_module_exists(config, key) for key, _ in model.named_modules() if key
-        ):
-            raise ConfigError(
-                f"target_modules={config.target_modules!r} matches no module; the model's linear "
-                f"modules are {', '.join(_linear_names(model))}."
-            )
 
     def _create_and_replace(
         self,
@@ -226,8 +223,9 @@ class MoeLoraModel(BaseTuner):
         super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         for ffn, block in blocks_of(self.model):
             block.remove_from(ffn)
-        # Our hooks would take the ids of an adapter that is added next.
+        # Our hooks would take the ids of an adapter that is added next, or wait for its step.
         self.shared.call.unwatch(self.model)
+        unwatch_first_steps(self.model)
         return self.model
 
     def _replace_module(
@@ -382,14 +380,3 @@ def _refuse_sharded(model: nn.Module) -> None:
             "sharded while loading), which MoE-LoRA layers do not support; load it whole, add the "
             "adapter, and train with DDP or FSDP2 (or DeepSpeed ZeRO stage 1 or 2)."
         )
-
-
-def _linear_names(model: nn.Module) -> list[str]:
-    """Last parts of the names of all linear modules: what target_modules usually holds."""
-    return sorted(
-        {
-            name.removesuffix(".base_layer").rpartition(".")[2]
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear | Conv1D)
-        }
-    )

@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..errors import ConfigError, first_line
 from ..types import ExpertPair
 
 # What depends on the data, such as the number of rows that a threshold lets through.
@@ -78,6 +79,9 @@ def step_cost(
 
     Returns:
         The counts; None where they depend on the data.
+
+    Raises:
+        ConfigError: the model's code asks for values, or for more than ids.
     """
     model.train()
     if checkpointing:
@@ -93,19 +97,27 @@ def step_cost(
         inputs: dict[str, Any] = {"input_ids": ids_BS, "labels": ids_BS, "use_cache": False}
         # Ids are checked before they are looked up; a single one's value is remembered.
         inputs |= {name: torch.tensor(0) for name in arguments}
-        counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION)
+        counter = FlopCounterMode(display=False, custom_mapping=_PRODUCTS)
         memory = _LiveMemory([*model.parameters(), *model.buffers(), ids_BS])
         cast: AbstractContextManager[Any] = (
             torch.autocast("cpu", autocast) if autocast else nullcontext()
         )
         try:
-            with counter, memory:
+            # The last is asked first: what is counted has not been replaced yet.
+            with _GroupedProducts(), counter, memory:
                 with cast:
                     loss = model(**inputs).loss
                 forward, saved = counter.get_total_flops(), memory.now
                 loss.backward()
         except _UNKNOWN:
             return None
+        except Exception as error:
+            # The base's own code runs here, on tensors that it was not written for.
+            raise ConfigError(
+                f"A training step of this base cannot be counted without weights "
+                f"({type(error).__name__}: {first_line(error)}); plan another base with --model, "
+                "or measure a step of this one."
+            ) from error
         return StepCost(forward, counter.get_total_flops() - forward, saved, memory.peak)
 
 
@@ -146,13 +158,50 @@ class _LiveMemory(TorchDispatchMode):
         self.now -= size
 
 
-def _require_gradient(module: nn.Module, args: Any, output: Tensor) -> None:
+class _GroupedProducts(TorchDispatchMode):
+    """Gives the products of fused experts, each with its own tokens, their shapes.
+
+    torch's own answer for tensors without values is that of one GPU kernel: bfloat16 alone, and
+    widths of whole 16 bytes.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run the operation, or say what it would give."""
+        if func is not torch.ops.aten._grouped_mm.default:
+            return func(*args, **(kwargs or {}))
+        a, b, offsets = args[0], args[1], (args[2] if len(args) > 2 else (kwargs or {})["offs"])
+        rows, columns = a.shape[-2], b.shape[-1]
+        stacked = a.ndim == b.ndim  # a sum over each group's tokens, or one product per group
+        groups = len(offsets) if a.ndim == 2 else a.shape[0]
+        return a.new_empty((groups, rows, columns) if stacked else (rows, columns))
+
+
+class _Differentiated(torch.autograd.Function):
+    """The same tensor, with a history."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, anchor: Tensor) -> Tensor:
+        """Mark `output` as one that `anchor` has to do with."""
+        ctx.mark_dirty(output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+        """Nothing is asked for."""
+        return None, None
+
+
+def _require_gradient(module: nn.Module, args: Any, output: Any) -> Any:
     """Hook: a frozen base is differentiated as below an adapter of its first layer.
 
     So a base alone can be subtracted from an adapted one; that one keeps its first norm in excess.
+    The output gets a history and does not become a leaf, which some bases change in place.
     """
-    if not output.requires_grad:
-        output.requires_grad_()
+    if isinstance(output, Tensor) and not output.requires_grad:
+        return _Differentiated.apply(output, torch.zeros((), requires_grad=True))  # type: ignore[no-untyped-call]
+    return output
 
 
 def _attention_forward(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
@@ -165,10 +214,17 @@ def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *a: Any, **
     return _attention_forward(query, key, value) * 5 // 2
 
 
-# torch counts the attention kernels of accelerators, and not those of the CPU.
-_ATTENTION = {
+def _grouped_product(a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
+    # Each row meets one group's matrix; with two stacks, each matrix one other.
+    stack = a[0] if len(a) == len(b) == 3 else 1
+    return int(2 * stack * a[-2] * a[-1] * b[-1])
+
+
+# torch counts the attention kernels of accelerators, and not those of the CPU, nor fused experts.
+_PRODUCTS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_forward,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    torch.ops.aten._grouped_mm: _grouped_product,
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -19,9 +20,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from ..base_model import HUB_ERRORS, default_device, resolve_dtype
 from ..call import ROUTING_IDS
 from ..config import MoeLoraConfig
-from ..errors import ConfigError, MissingDependencyError, first_line
+from ..errors import ConfigError, MissingDependencyError, ReachWarning, first_line
 from ..layers import MoeLoraLinear
-from ..model import find_tuner, moelora_layers, routed_layers
+from ..model import MoeLoraModel, find_tuner, moelora_layers, routed_layers
+from ..targets import choose_targets
 from .cost import StepCost, preconditioning_operations, step_cost
 from .plan_table import plan_table
 
@@ -125,6 +127,7 @@ class AdapterPlan:
         alone: the base, frozen, its input differentiated.
         lora: the base with LoRA.
         ours: the base with the adapter.
+        notes: what of the base the adapter does not reach.
     """
 
     base: str
@@ -140,6 +143,7 @@ class AdapterPlan:
     alone: Use
     lora: Use
     ours: Use
+    notes: tuple[str, ...] = ()
 
     @property
     def added_activation_bytes(self) -> int | None:
@@ -193,6 +197,23 @@ def plan_adapter(
         resolved = shape.dtype or torch.float32
     assert isinstance(resolved, torch.dtype)
 
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ReachWarning)
+        plan = _count(base, shape, config, at, resolved)
+    notes = []
+    for warning in caught:
+        if issubclass(warning.category, ReachWarning):
+            notes.append(str(warning.message))
+        else:
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
+    return dataclasses.replace(plan, notes=tuple(dict.fromkeys(notes)))
+
+
+def _count(
+    base: str, shape: PretrainedConfig, config: MoeLoraConfig, at: Step, resolved: torch.dtype
+) -> AdapterPlan:
     adapted = adapt_empty(shape, config, resolved)
     layers = moelora_layers(adapted)
     plans = {name: layer.moelora_mixture[_ADAPTER].plan for name, layer in layers.items()}
@@ -260,12 +281,24 @@ def empty_base(shape: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
         with init_empty_weights():
             model: nn.Module = AutoModelForCausalLM.from_config(copy.deepcopy(shape), dtype=dtype)
     except ValueError as error:
-        raise ConfigError(
-            f"A base of type {shape.model_type!r} is no causal language model; pass another one "
-            "with --model."
-        ) from error
+        if type(shape) not in AutoModelForCausalLM._model_mapping:
+            raise ConfigError(
+                f"A base of type {shape.model_type!r} is no causal language model; pass another "
+                "one with --model."
+            ) from error
+        raise _unbuilt(shape, error) from error
+    except Exception as error:  # its own code runs here
+        raise _unbuilt(shape, error) from error
     model.tie_weights()  # type: ignore[operator]  # empty weights are made one by one
     return model
+
+
+def _unbuilt(shape: PretrainedConfig, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"A base of type {shape.model_type!r} cannot be built from its configuration "
+        f"({type(error).__name__}: {first_line(error)}); mend its config.json, or pass another one "
+        "with --model."
+    )
 
 
 def adapt_empty(shape: PretrainedConfig, config: PeftConfig, dtype: torch.dtype) -> PeftModel:
@@ -277,10 +310,17 @@ def adapt_empty(shape: PretrainedConfig, config: PeftConfig, dtype: torch.dtype)
         dtype: of the base's weights.
     """
     config = copy.deepcopy(config)
+    base = empty_base(shape, dtype)
     if isinstance(config, MoeLoraConfig):
+        # Before the next line, since the names of a file are not judged.
+        choose_targets(
+            base, config, MoeLoraModel.target_module_mapping, shape.model_type, is_saved=False
+        )
         config.from_file = True  # so no initialisation asks for adapters or the base's weights
-    model = get_peft_model(empty_base(shape, dtype), config, low_cpu_mem_usage=True)
-    return cast(PeftModel, model)
+    else:
+        # By this PEFT knows which names to take for fused experts'; LoRA is put on linears here.
+        cast(Any, base).config.model_type = "linears"
+    return cast(PeftModel, get_peft_model(base, config, low_cpu_mem_usage=True))
 
 
 def _lora(ranks: dict[str, int], dropout: float) -> LoraConfig:

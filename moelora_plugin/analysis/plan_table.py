@@ -128,7 +128,7 @@ def _sentences(plan: AdapterPlan) -> list[str]:
         if ours.step is not None:
             line += f", {plan.preconditioning / ours.step.operations:.2%} of the passes above"
         lines.append(f"{line}.")
-    return lines
+    return [*lines, *plan.notes]
 
 
 def size(number: float | None) -> str:

@@ -6,13 +6,11 @@ Shape suffixes: T tokens, I in, O out, E experts.
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import _get_in_out_features
 from torch import Tensor, nn
 
 from ..config import MoeLoraConfig
@@ -33,11 +31,9 @@ from ..types import (
 )
 from .decoder import Decoder
 from .folding import FoldingLinear, Mixture, with_universal
+from .linear_maps import features
 from .mixed import MixedBatch
 from .routed import RoutedLayer, Shared
-
-# These have in and out features that PEFT can read but do not compute x W^T.
-_NOT_LINEAR = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
 
 
 class Factors(KeepsFrozen):
@@ -92,7 +88,7 @@ class MoeLoraLinear(FoldingLinear):
     ) -> None:
         super().__init__(shared)
         self.base_layer = base_layer
-        self.in_features, self.out_features = _features(self.get_base_layer())
+        self.in_features, self.out_features = features(self.get_base_layer())
         self.moelora_A = nn.ModuleDict()
         self.moelora_B = nn.ModuleDict()
         self.moelora_extra = nn.ModuleDict()
@@ -412,19 +408,3 @@ def _refuse_other_shapes(
             raise ConfigError(
                 f"{module}.{tensor} is {tuple(found)} in the file and would be {tuple(shape)}"
             )
-
-
-def _features(base: nn.Module) -> tuple[int, int]:
-    """In and out features, or why the module cannot be adapted."""
-    with warnings.catch_warnings():
-        # PEFT warns about classes it does not know and still answers; what it answers decides.
-        warnings.simplefilter("ignore", UserWarning)
-        in_features, out_features = (
-            (None, None) if isinstance(base, _NOT_LINEAR) else _get_in_out_features(base)
-        )
-    if in_features is None or out_features is None:
-        raise ConfigError(
-            f"Cannot adapt {type(base).__name__}: experts need a linear map; remove it from "
-            "target_modules or name it in exclude_modules."
-        )
-    return int(in_features), int(out_features)

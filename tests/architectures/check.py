@@ -1,0 +1,280 @@
+"""One architecture from end to end: adapt, train, save, load three ways, generate."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from inputs import batches
+from peft import PeftModel, get_peft_model
+from tiny_config import tiny_config
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from transformers.models.auto import modeling_auto
+
+from moelora_plugin import MoeLoraConfig, build_optimizer, checkpoint
+from moelora_plugin.checkpoint import load_adapter, save_adapter
+from moelora_plugin.errors import MoeLoraError, first_line
+from moelora_plugin.model import moelora_layers
+
+# What is gone through, and the auto class of each.
+TASKS = {
+    "causal": "CAUSAL_LM",
+    "encoder": "MASKED_LM",
+    "encoder-decoder": "SEQ_TO_SEQ_CAUSAL_LM",
+    "vision-text": "IMAGE_TEXT_TO_TEXT",
+    "vision": "IMAGE_CLASSIFICATION",
+}
+_LARGEST = 30_000_000  # parameters; what cannot be made smaller is not tiny
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What came of one architecture.
+
+    Attributes:
+        status: "works", "not tiny" (the base alone cannot be built or called), "refused" (in one
+            sentence) or "fault".
+        detail: why, or of what works what is worth saying.
+        linears: adapted.
+        left_out: what all-linear does not reach.
+        unreached: adapted linears that the step did not reach.
+    """
+
+    status: str = "works"
+    detail: str = ""
+    linears: int = 0
+    left_out: str = ""
+    unreached: str = ""
+
+
+class NotTiny(Exception):
+    """The base alone fails."""
+
+
+def architectures() -> list[tuple[str, str]]:
+    """(task, model type) of all that the installed transformers has."""
+    return [
+        (task, model_type)
+        for task, name in TASKS.items()
+        for model_type in getattr(modeling_auto, f"MODEL_FOR_{name}_MAPPING_NAMES")
+    ]
+
+
+def build(task: str, model_type: str) -> nn.Module:
+    """A small random model.
+
+    Raises:
+        NotTiny: the base cannot be built so.
+    """
+    try:
+        config = tiny_config(model_type)
+        kind = getattr(modeling_auto, f"MODEL_FOR_{TASKS[task]}_MAPPING")[type(config)]
+        kind = kind[0] if isinstance(kind, tuple) else kind
+        if kind.config_class is not None and not isinstance(config, kind.config_class):
+            config = config.get_text_config(decoder=True)  # the language model of a larger one
+        torch.manual_seed(0)
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in kind(copy.deepcopy(config)).parameters())
+        if parameters > _LARGEST:
+            raise NotTiny(f"the smallest that was found has {parameters:,} parameters")
+        model = kind(config).eval()
+        model.name_or_path = model.config.name_or_path = "tiny"
+        return model
+    except NotTiny:
+        raise
+    except Exception as error:
+        raise NotTiny(f"not built: {_words(error)}") from error
+
+
+def check(task: str, model_type: str) -> Outcome:
+    """Go through everything that an adapter is for, on one architecture."""
+    outcome = Outcome()
+    stage = "building"
+    try:
+        base = build(task, model_type)
+        inputs = _callable(base, task, outcome)
+        stage = "adapting"
+        model = _adapted(copy.deepcopy(base), outcome)
+        stage = "training"
+        _train(base, model, inputs, outcome)
+        with tempfile.TemporaryDirectory() as folder:
+            stage = "saving"
+            save_adapter(model, Path(folder) / "adapter")
+            expected = _outputs(model.eval(), inputs)
+            for name, load in LOADERS.items():
+                stage = f"loading by {name}"
+                loaded = load(copy.deepcopy(base), str(Path(folder) / "adapter"))
+                found = _outputs(loaded.eval(), inputs)
+                assert len(found) == len(expected), "other outputs"
+                assert all(map(torch.equal, found, expected)), "other values"
+        stage = "generating"
+        if hasattr(base, "generate") and base.can_generate():
+            outcome.detail = _joined(outcome.detail, _generate(base, model, inputs))
+    except NotTiny as error:
+        return Outcome("not tiny", str(error))
+    except MoeLoraError as error:
+        return dataclasses.replace(outcome, status="refused", detail=str(error))
+    except Exception as error:
+        detail = f"{stage}: {_words(error)}"
+        return dataclasses.replace(outcome, status="fault", detail=detail)
+    return outcome
+
+
+def _callable(base: nn.Module, task: str, outcome: Outcome) -> dict[str, Any]:
+    """The first batch that the base alone takes, forwards and backwards."""
+    reasons = []
+    for note, inputs in batches(base, task):
+        try:
+            first, second = _outputs(base, inputs), _outputs(base, inputs)
+            assert all(map(torch.equal, first, second)), "answers differ from call to call"
+            _loss(copy.deepcopy(base).train(), inputs).backward()
+        except Exception as error:
+            reasons.append(_words(error))
+            continue
+        outcome.detail = note
+        return inputs
+    raise NotTiny(f"not called: {reasons[0]}")
+
+
+def _adapted(base: nn.Module, outcome: Outcome) -> PeftModel:
+    config = MoeLoraConfig(
+        r=2, num_experts=3, top_k=2, lora_dropout=0.0, target_modules="all-linear"
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = get_peft_model(base, config)
+    for warning in caught:
+        _, found, after = str(warning.message).partition(" leaves out, of ")
+        if found:
+            outcome.left_out = after.partition(": ")[2].rstrip(".")
+    torch.manual_seed(2)
+    layers = moelora_layers(model)
+    for layer in layers.values():
+        for _, b in layer.expert_weights():
+            b.normal_(std=0.1)  # zero at first, which hides A and the gates
+    outcome.linears = len(layers)
+    return model
+
+
+def _train(base: nn.Module, model: PeftModel, inputs: dict[str, Any], outcome: Outcome) -> None:
+    optimizer = build_optimizer(model, "gradamw", lr=1e-3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _loss(model.train(), inputs).backward()
+    for warning in caught:
+        _, found, after = str(warning.message).partition("did not reach ")
+        if found:
+            outcome.unreached = after.partition("; leave them out")[0]
+            outcome.unreached = outcome.unreached.partition(": ")[2]
+    silent = {}  # by name, what a linear's parameters got in place of a gradient
+    layers = moelora_layers(model)
+    for name, layer in layers.items():
+        gradients = [p.grad for p in (*layer.tensors().values(), *layer.gate_parameters())]
+        missing = [g is None for g in gradients]
+        if any(missing):
+            silent[name] = "no gradient" if all(missing) else "no gradient in part"
+        elif not all(g.isfinite().all() for g in gradients):
+            raise AssertionError(f"the gradient of {name} is not finite")
+        elif not all(g.count_nonzero() for g in gradients):
+            silent[name] = "a gradient of zero"
+    assert len(silent) < len(layers), "no linear learns"
+    dead = _without_gradient(base, inputs) if silent else set()
+    for name, what in silent.items():
+        # Where nothing arrives in the base alone, nothing can arrive in an adapter.
+        assert name.removeprefix("base_model.model.") in dead, f"{name} has {what}"
+    if "no gradient" in silent.values() and not outcome.unreached:
+        spared = [name for name, what in silent.items() if what == "no gradient"]
+        assert all("experts" in name for name in spared), f"{spared[0]} is not named"
+    if silent:
+        outcome.detail = _joined(outcome.detail, f"{len(silent)} linears without gradient there")
+    before = [p.detach().clone() for p in model.parameters() if p.requires_grad]
+    optimizer.step()
+    after = [p for p in model.parameters() if p.requires_grad]
+    assert not all(map(torch.equal, before, after)), "the step moved nothing"
+    optimizer.zero_grad()
+
+
+def _strictly(base: nn.Module, folder: str) -> nn.Module:
+    return load_adapter(folder, base=base)[0]
+
+
+def _without_gradient(base: nn.Module, inputs: dict[str, Any]) -> set[str]:
+    """Modules whose weight learns nothing from this batch where the base itself trains."""
+    base = copy.deepcopy(base).train().requires_grad_(True)
+    _loss(base, inputs).backward()
+    found = set()
+    for name, module in base.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter) and (
+            weight.grad is None or not weight.grad.count_nonzero()
+        ):
+            found.add(name)
+    return found
+
+
+def _native(base: nn.Module, folder: str) -> nn.Module:
+    base.load_adapter(folder)
+    return base
+
+
+# Tokenizers and processors are no part of this.
+checkpoint.load_processor = lambda *args, **kwargs: None
+
+LOADERS: dict[str, Callable[[nn.Module, str], nn.Module]] = {
+    "moelora's load_adapter": _strictly,
+    "PeftModel": PeftModel.from_pretrained,
+    "the model's own load_adapter": _native,
+}
+
+
+def _call(model: nn.Module, inputs: dict[str, Any]) -> Any:
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    names = inspect.signature(inner.forward).parameters
+    return model(**inputs, **({"use_cache": False} if "use_cache" in names else {}))
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    logits = getattr(output, "logits", None)
+    found = logits if isinstance(logits, Tensor) else output
+    return [t for t in tree_leaves(found) if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def _outputs(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
+    torch.manual_seed(3)
+    with torch.no_grad():
+        return _tensors(_call(model, inputs))
+
+
+def _loss(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    torch.manual_seed(3)
+    return sum(t.float().square().mean() for t in _tensors(_call(model, inputs)))
+
+
+def _generate(base: nn.Module, model: nn.Module, inputs: dict[str, Any]) -> str:
+    given = {k: v for k, v in inputs.items() if k != "decoder_input_ids"}
+    options = {"do_sample": False, "max_new_tokens": 3, "pad_token_id": 0}
+    try:
+        base.generate(**given, **options)
+    except Exception as error:
+        return f"the base alone does not generate from it ({_words(error)})"
+    torch.manual_seed(3)
+    first = model.generate(**given, **options)
+    torch.manual_seed(3)
+    assert torch.equal(first, model.generate(**given, **options)), "answers differ"
+    return ""
+
+
+def _joined(*parts: str) -> str:
+    return "; ".join(part for part in parts if part)
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"[:160]

@@ -1,0 +1,127 @@
+"""The smallest configuration of an architecture: its default one with every size cut down.
+
+Sizes are found by what their names say in every architecture of transformers. What does not go by
+that stands in `EXCEPTIONS`, by model type.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import re
+from collections.abc import Callable
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+
+VOCABULARY = 128
+# Ordinary tokens end here: ids that stand for images and the like come after, each its own.
+TEXT_TOKENS = 96
+
+# The first pattern that an attribute's whole name matches decides; None leaves it alone.
+SIZES: list[tuple[str, int | None]] = [
+    (r"(.*_)?vocab_size(_.*)?|.*_vocab|n_words", VOCABULARY),
+    (r".*(num|n)_(hidden_)?(layers|layer|blocks|block)|.*layers|depth|num_.*_layers", 2),
+    (r".*(key_value|kv)_heads?|.*num_(kv|key_value)_.*heads|n_head_kv|num_kv_heads", 2),
+    (r".*(_heads?|n_heads?|attention_heads)|heads?", 4),
+    (r".*head_dim|.*_head_size|head_size|d_kv", 8),
+    (r".*(intermediate|ffn|ff|mlp)_(size|dim|hidden_size)|d_ff|n_inner|.*ffn_hidden_size", 32),
+    (
+        r".*(hidden|embed|embedding|model|encoder|decoder)_(size|dim)|d_model|n_embd|dim|emb_dim"
+        r"|.*hidden_dim",
+        32,
+    ),
+    (r".*(num|n)_.*experts_per_tok(en)?|.*top_?k(_experts)?|.*experts_top_k", 2),
+    (r".*(num|n)_(shared|zero)_experts", 1),
+    (r".*num_.*experts|n_.*experts|.*experts_num|moe_num_experts", 4),
+    (r"image_size|img_size|input_size", 32),
+    (r"patch_size", 8),
+    (r"rotary_dim", 4),
+    (r"moe_k|top_k_.*|.*_topk", 2),
+    (r"mamba_n_heads|mamba_num_heads", 4),
+    (r"mamba_d_state|state_size|ssm_state_size|mamba_d_ssm", 8),
+    (r".*lora_rank", 8),
+    (r"max_position_embeddings|max_seq_len|n_positions", 512),
+]
+
+
+def tiny_config(model_type: str) -> PretrainedConfig:
+    """The default configuration of `model_type`, small."""
+    config = AutoConfig.for_model(model_type, **ARGUMENTS.get(model_type, {}))
+    shrink(config, itertools.count(TEXT_TOKENS + 1), {})
+    EXCEPTIONS.get(model_type, lambda config: None)(config)
+    return config
+
+
+def shrink(config: Any, ids: Any, known: dict[int, int]) -> None:
+    """Cut the sizes of a configuration and of those in it, in place.
+
+    Args:
+        config: the configuration.
+        ids: where ids of special tokens come from.
+        known: those that were given away, by what they were: parts of a model share them.
+    """
+    for name, value in list(vars(config).items()):
+        if isinstance(value, PretrainedConfig):
+            shrink(value, ids, known)
+        elif re.fullmatch(r".*token(_id|_index|_idx|_ids)?|.*_id|.*_ids|.*_index", name):
+            _set(config, name, _token(value, ids, known))
+        elif isinstance(value, int) and not isinstance(value, bool):
+            for pattern, size in SIZES:
+                if re.fullmatch(pattern, name):
+                    if size is not None and value > size:
+                        _set(config, name, size)
+                    break
+    _agree(config)
+
+
+def _agree(config: Any) -> None:
+    """Sizes that follow from others."""
+    values = vars(config)
+    if values.get("kv_lora_rank"):  # latent attention has as many keys as queries
+        _set(config, "num_key_value_heads", config.num_attention_heads)
+    for name in ("head_dim", "num_key_value_heads"):
+        if name in values and values[name] is None and "num_attention_heads" in values:
+            heads = config.num_attention_heads
+            _set(config, name, config.hidden_size // heads if name == "head_dim" else heads)
+    # One layer of each kind, two at least; there may be lists for attention and for the rest.
+    kinds = {
+        name: list(dict.fromkeys(value))
+        for name, value in values.items()
+        if re.fullmatch(r"_?(\w+_)?layer_types|layers_block_type", name)
+        and isinstance(value, list)
+        and value
+    }
+    if kinds:
+        count = max(2, *map(len, kinds.values()))
+        _set(config, "num_hidden_layers", count)
+        for name, different in kinds.items():
+            _set(config, name, different + different[-1:] * (count - len(different)))
+    ropes = values.get("rope_parameters") or values.get("rope_scaling")
+    if isinstance(ropes, dict) and "mrope_section" in ropes:
+        width = (
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        )
+        half = int(width * (ropes.get("partial_rotary_factor") or 1)) // 2
+        ropes["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]
+
+
+def _set(config: Any, name: str, value: Any) -> None:
+    with contextlib.suppress(AttributeError):  # computed from others
+        setattr(config, name, value)
+
+
+def _token(value: Any, ids: Any, known: dict[int, int]) -> Any:
+    if isinstance(value, list):
+        return [_token(one, ids, known) for one in value]
+    if not isinstance(value, int) or isinstance(value, bool) or value < TEXT_TOKENS:
+        return value
+    if value not in known:
+        known[value] = next(ids)
+    return known[value]
+
+
+# What the constructor must be told, because the default cannot be built at any size.
+ARGUMENTS: dict[str, dict[str, Any]] = {}
+# What is set afterwards.
+EXCEPTIONS: dict[str, Callable[[Any], None]] = {}
