@@ -207,8 +207,10 @@ def memories(arguments: Mapping[str, Any]) -> list[Memory]:
             continue
         if value.ndim == 3 and value.is_floating_point():
             mask = arguments.get("encoder_attention_mask")
-            is_theirs = isinstance(mask, Tensor) and mask.shape == value.shape[:2]
-            found.append(Memory(value, mask.bool() if is_theirs else None))
+            if isinstance(mask, Tensor) and mask.shape == value.shape[:2]:
+                found.append(Memory(value, mask.bool()))
+            else:
+                found.append(Memory(value))
     return found
 
 

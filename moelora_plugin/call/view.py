@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from ..types import Documents
 # What a decision about a whole sequence is kept as, by the router input that took it: the features,
 # and how many positions the cache had to hold for them.
 Kept = dict[Any, tuple[Tensor, int]]
+
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,11 +77,11 @@ class Call:
     _narrowed_from: tuple[Call, list[int]] | None = field(default=None, repr=False)
     _known: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
-    def _once(self, name: str, function: Callable[[], Any]) -> Any:
+    def _once(self, name: str, function: Callable[[], _T]) -> _T:
         """Worked out once: `functools.cached_property` has a lock, which cannot be traced."""
         if name not in self._known:
             self._known[name] = function()
-        return self._known[name]
+        return cast("_T", self._known[name])
 
     @property
     def begins(self) -> bool | None:

@@ -182,6 +182,16 @@ def test_a_step_whose_past_is_nowhere_to_be_seen_is_refused(part: str) -> None:
         model(input_ids=ids[:, :1], position_ids=positions * 0, use_cache=False)
 
 
+@pytest.mark.parametrize("part", ["sequence", "prompt"])
+def test_a_head_that_sees_the_last_token_only_decides_about_no_prompt(part: str) -> None:
+    """In training it sees all of them, in a generation one."""
+    model, ids = adapted_llama(target_modules=["lm_head"], **PARTS[part]), prompt()
+    with torch.no_grad():
+        model(input_ids=ids)
+    with pytest.raises(ConfigError, match="exclude_modules"):
+        generated(model, ids)
+
+
 # Continuous batching
 
 
