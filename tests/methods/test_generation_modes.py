@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapted_llama import NEEDS, adapted_llama, sentences
+from adapted_llama import NEEDS, adapted_llama, cache_of, sentences
 from peft import PeftModel
 from tiny import tiny_llama
 from transformers import GenerationConfig
@@ -53,11 +53,6 @@ def prompt(rows: int = 1) -> torch.Tensor:
 def generated(model: PeftModel, ids: torch.Tensor, **options: Any) -> tuple[Any, torch.Tensor]:
     out = model.generate(input_ids=ids, **{**OPTIONS, **options})
     return out.sequences, torch.stack(out.logits, 1)
-
-
-def cache_of(output: Any) -> dict[str, Any]:
-    """A call's cache under the name by which this transformers takes it."""
-    return {k: v for k, v in output.items() if hasattr(v, "get_seq_length")}
 
 
 MODES: dict[str, Any] = {
