@@ -21,8 +21,11 @@ PARTS = {
     "layer": {"router_input": "prompt", "site": "layer", "top_k": 1},
     "pools": {"router_input": "sequence", "expert": "pools"},
     "token": {},
+    "capacity": {"router_modifiers": {"capacity": {"factor": 0.75}}},
+    "expert_choice": {"router": "expert_choice", "router_kwargs": {"capacity_factor": 1.5}},
 }
-POOLED = [part for part in PARTS if part != "token"]
+WHOLE = [part for part in PARTS if part != "token"]
+POOLED = [part for part in WHOLE if part not in ("capacity", "expert_choice")]
 NEW = 6
 OPTIONS = {
     "max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False,
@@ -80,7 +83,7 @@ def test_every_way_gives_what_greedy_gives(part: str, mode: str) -> None:
     torch.testing.assert_close(found_logits, logits, **NEAR)
 
 
-@pytest.mark.parametrize("part", POOLED)
+@pytest.mark.parametrize("part", WHOLE)
 def test_without_a_cache_a_padded_batch_keeps_its_decisions(part: str) -> None:
     """Each step sees prompt and answer; the answer has no say."""
     model, ids = model_with(part), sentences(3, 7)
@@ -92,7 +95,7 @@ def test_without_a_cache_a_padded_batch_keeps_its_decisions(part: str) -> None:
     torch.testing.assert_close(cached[1], again[1], **NEAR)
 
 
-@pytest.mark.parametrize("part", POOLED)
+@pytest.mark.parametrize("part", WHOLE)
 def test_several_answers_and_beams_share_their_prompt_s_decision(part: str) -> None:
     model, ids = model_with(part), prompt(2)
     beams = {"num_beams": 3, "num_return_sequences": 2, "output_logits": False}
@@ -101,7 +104,7 @@ def test_several_answers_and_beams_share_their_prompt_s_decision(part: str) -> N
     assert torch.equal(cached, without)
 
 
-@pytest.mark.parametrize("part", POOLED)
+@pytest.mark.parametrize("part", WHOLE)
 @pytest.mark.parametrize("chunk", [1, 5])
 def test_a_prompt_in_chunks_is_refused(part: str, chunk: int) -> None:
     with pytest.raises(ConfigError, match="prefill_chunk_size"):
@@ -116,7 +119,7 @@ def test_tokens_do_not_mind_chunks() -> None:
     torch.testing.assert_close(found_logits, logits, **NEAR)
 
 
-@pytest.mark.parametrize("part", POOLED)
+@pytest.mark.parametrize("part", WHOLE)
 def test_a_generation_that_goes_on_from_a_cache_is_refused(part: str) -> None:
     """The decision that is kept with it is not that of the whole conversation."""
     model, ids = model_with(part), prompt()
