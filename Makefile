@@ -15,7 +15,7 @@ BENCH_ARGS ?=
 FUZZ_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-hosts test-data fuzz methods-table lint format type imports check wheel bench clean
+.PHONY: help install demo test test-slow test-hosts test-newest test-lowest versions test-data fuzz methods-table lint format type imports check wheel bench clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
@@ -47,6 +47,16 @@ test-slow: $(INSTALLED)  ## Run the tests that take longer than ten seconds each
 test-hosts: $(INSTALLED)  ## Run the hosts' own commands, each host in its environment (about 9 GB)
 	$(BIN)/python tests/hosts/environments.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(HOSTS_ARGS) -m hosts
+
+# Lists of versions, not what was released since: a run fails by a change of ours alone.
+test-newest: $(INSTALLED)  ## Run the core of the tests with the newest of everything but torch
+	$(BIN)/python tests/versions/run.py newest $(PYTEST_ARGS)
+
+test-lowest: $(INSTALLED)  ## Run the core of the tests with the lowest versions of pyproject.toml, torch as it is
+	$(BIN)/python tests/versions/run.py lowest $(PYTEST_ARGS)
+
+versions: $(INSTALLED)  ## Write the lists of versions anew that test-newest and test-lowest install
+	$(BIN)/python tests/versions/resolve.py newest lowest
 
 test-data: $(INSTALLED)  ## Run the checks on real rows (MOELORA_DATA_DIR=folder)
 	@test -n "$$MOELORA_DATA_DIR" || { \

@@ -59,15 +59,12 @@ def refuse_continuous_batching(model: nn.Module) -> None:
     Raises:
         ConfigError: a router decides about more than one token.
     """
-    for key, layer, adapter in _active(model):
-        router, modifiers = layer.moelora_router[adapter], layer.moelora_modifiers[adapter]
-        mixes: Any = modifiers.mixes_rows or (router.mixes_rows and not router.balances)
-        if layer.moelora_input[adapter].decides_over_sequence or mixes:
-            raise ConfigError(
-                f"Adapter {adapter!r} decides about whole sequences (router_input={key!r}, router "
-                f"{type(router).__name__}), which continuous batching does not show its layers; "
-                "use generate in place of generate_batch, or route by token."
-            )
+    for what, adapter in _needing_whole_sequences(model):
+        raise ConfigError(
+            f"Adapter {adapter!r} decides about whole sequences ({what}), which continuous "
+            "batching does not show its layers; use generate in place of generate_batch, or route "
+            "by token."
+        )
     for context in contexts_of(model):
         if any(ids.ndim for ids in context.ids.values()):
             raise ConfigError(
@@ -76,25 +73,32 @@ def refuse_continuous_batching(model: nn.Module) -> None:
             )
 
 
-def _active(model: nn.Module) -> Iterator[tuple[str, RoutedLayer, str]]:
-    """The routers that act: the key of their input, the layer, the adapter."""
+def _needing_whole_sequences(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """The active routers for which a token is not enough: what makes them so, and the adapter."""
     for layer in model.modules():
-        if isinstance(layer, RoutedLayer) and not layer.disable_adapters and not layer.merged:
-            for adapter in layer.acting_adapters:
-                if adapter in layer.moelora_router:
-                    key = getattr(layer.moelora_input[adapter], "key", "token")
-                    yield key, layer, adapter
+        if not isinstance(layer, RoutedLayer) or layer.disable_adapters or layer.merged:
+            continue
+        for adapter in layer.acting_adapters:
+            if adapter not in layer.moelora_router:
+                continue
+            router_input = layer.moelora_input[adapter]
+            if router_input.decides_over_sequence:
+                yield f"router_input={getattr(router_input, 'key', '')!r}", adapter
+            elif layer.mixes_rows(adapter):
+                yield "a capacity or expert choice", adapter
 
 
 @contextmanager
 def _prompt_of(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
     """Let the calls of the model inside the block know where the prompt ends."""
-    keys = [k for k, layer, a in _active(model) if layer.moelora_input[a].decides_over_sequence]
-    if not keys:
+    what, _ = next(_needing_whole_sequences(model), (None, None))
+    config = _config_of(model, args, kwargs)
+    # What an assistant drafts is checked by another model, and it goes on from its cache.
+    if what is None or getattr(config, "is_assistant", False):
         yield
         return
     generation = Generation(_length_of_prompt(model, args, kwargs))
-    _refuse_unknown_prompt(keys[0], generation, model, args, kwargs)
+    _refuse_unknown_prompt(what, generation, model, args, kwargs)
     contexts = contexts_of(model)
     for context in contexts:
         context.generations.append(generation)
@@ -116,7 +120,7 @@ def _length_of_prompt(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def _refuse_unknown_prompt(
-    key: str, generation: Generation, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    what: str, generation: Generation, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     """Refuse what would have a decision taken over something else than the prompt.
 
@@ -124,19 +128,16 @@ def _refuse_unknown_prompt(
         ConfigError: the prompt goes on from a cache, or its end is not known where its first call
             may hold more or less than it.
     """
-    given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
-    config = given if given is not None else getattr(model, "generation_config", None)
+    config = _config_of(model, args, kwargs)
 
     def option(name: str) -> Any:
         return kwargs[name] if name in kwargs else getattr(config, name, None)
 
-    if getattr(config, "is_assistant", False):
-        return  # a draft: what it decides is checked, and it goes on from its cache
     for value in kwargs.values():
         length = getattr(type(value), "get_seq_length", None)
         if callable(length) and _holds_something(value):
             raise ConfigError(
-                f"router_input={key!r} decides by the whole prompt, and this generation goes on "
+                f"The adapter ({what}) decides by the whole prompt, and this generation goes on "
                 "from a cache whose tokens have been decided about already; call generate with "
                 "the whole prompt and without that cache."
             )
@@ -144,13 +145,18 @@ def _refuse_unknown_prompt(
         for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
             if option(name) is not None:
                 raise ConfigError(
-                    f"router_input={key!r} decides by the prompt, whose end cannot be told from "
+                    f"The adapter ({what}) decides by the prompt, whose end cannot be told from "
                     f"the candidates of {name} here; leave {name} out."
                 )
         if option("prefill_chunk_size") is not None:
             raise ConfigError(
-                f"router_input={key!r} decides by the whole prompt; set prefill_chunk_size to None."
+                f"The adapter ({what}) decides by the whole prompt; set prefill_chunk_size to None."
             )
+
+
+def _config_of(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+    return given if given is not None else getattr(model, "generation_config", None)
 
 
 def _holds_something(cache: Any) -> bool:

@@ -47,7 +47,7 @@ def register() -> None:
 
 def register_generation() -> None:
     """Have transformers' `generate` say where a prompt ends, to layers that decide by prompts."""
-    from transformers.generation import GenerationMixin
+    from transformers.generation.utils import GenerationMixin
 
     from .generation import wrap_generation
 

@@ -48,6 +48,11 @@ def sentences(rows: int = 3, length: int = 7, seed: int = 1) -> torch.Tensor:
     return torch.randint(3, 500, (rows, length), generator=generator)
 
 
+def cache_of(output: Any) -> dict[str, Any]:
+    """A call's cache, under the name that the next call takes it by (new in transformers 5.24)."""
+    return {name: value for name, value in output.items() if hasattr(value, "get_seq_length")}
+
+
 def checkpoint_activations(model: PeftModel, reentrant: bool) -> None:
     """Recompute each decoder layer in the backward."""
     model.enable_input_require_grads()

@@ -216,11 +216,11 @@ class CallContext:
         """A part's call within the model's says what its tokens are; by itself it is the call."""
         if not self._calls:
             args, kwargs = self._begin(module, args, kwargs, part)
-            if not part.is_text:
+            if not part.is_text and part.name:
                 self._calls[-1].streams[part.name] = self._calls[-1]
             return args, kwargs
         call = self._calls[-1]
-        if not part.is_text:
+        if not part.is_text and part.name:
             call.streams[part.name] = self._stream(part, module, args, kwargs, call)
         elif self._has_memories and call.shape is not None:
             call.memories.extend(memories(named_arguments(module, args, kwargs)))

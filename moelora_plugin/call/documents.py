@@ -107,7 +107,7 @@ def _by_positions(positions: Any, shape: tuple[int, int]) -> Tensor | None:
     planes_PBS = positions[None] if positions.ndim == 2 else positions
     if planes_PBS.ndim != 3 or planes_PBS.shape[1] not in (1, shape[0]):
         return None
-    starts_BS = (planes_PBS == 0).all(0)
+    starts_BS: Tensor = (planes_PBS == 0).all(0)
     starts_BS[:, 1:] |= planes_PBS[0, :, 1:] < planes_PBS[0, :, :-1]
     return starts_BS.expand(shape)
 

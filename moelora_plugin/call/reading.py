@@ -119,8 +119,7 @@ def is_cache(value: Any) -> bool:
     """Whether an object can tell of a past, as transformers' caches can."""
     if value is None or isinstance(value, Tensor | bool | int | float | str | dict | tuple | list):
         return False
-    kind = type(value)
-    return callable(getattr(kind, "get_seq_length", None)) or hasattr(kind, "has_previous_state")
+    return callable(getattr(value, "get_seq_length", None)) or hasattr(value, "has_previous_state")
 
 
 def prompt_before(
@@ -207,8 +206,10 @@ def memories(arguments: Mapping[str, Any]) -> list[Memory]:
             continue
         if value.ndim == 3 and value.is_floating_point():
             mask = arguments.get("encoder_attention_mask")
-            is_theirs = isinstance(mask, Tensor) and mask.shape == value.shape[:2]
-            found.append(Memory(value, mask.bool() if is_theirs else None))
+            if isinstance(mask, Tensor) and mask.shape == value.shape[:2]:
+                found.append(Memory(value, mask.bool()))
+            else:
+                found.append(Memory(value))
     return found
 
 

@@ -5,18 +5,23 @@ Shape suffixes: B sequences, S positions, T tokens (B times S), H hidden feature
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from ..errors import ConfigError
 from ..types import Documents
 
 # What a decision about a whole sequence is kept as, by the router input that took it: the features,
 # and how many positions the cache had to hold for them.
 Kept = dict[Any, tuple[Tensor, int]]
+
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,11 +79,11 @@ class Call:
     _narrowed_from: tuple[Call, list[int]] | None = field(default=None, repr=False)
     _known: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
-    def _once(self, name: str, function: Callable[[], Any]) -> Any:
+    def _once(self, name: str, function: Callable[[], _T]) -> _T:
         """Worked out once: `functools.cached_property` has a lock, which cannot be traced."""
         if name not in self._known:
             self._known[name] = function()
-        return self._known[name]
+        return cast("_T", self._known[name])
 
     @property
     def begins(self) -> bool | None:
@@ -126,6 +131,40 @@ class Call:
         of_T = (self.starts_BS | row_starts_S).flatten().cumsum(0) - 1
         count = int(of_T[-1]) + 1
         return None if count == len(self.starts_BS) else Documents(count, of_T)
+
+    def parts_of(self, shape: Sequence[int]) -> Documents | None:
+        """The sequences to count within, for routers that look at several tokens at once.
+
+        Those of packed rows; and in a generation the prompt, after which every token is one of its
+        own, as it is where a cache shows one token at a time.
+
+        Args:
+            shape: (B, S) or (T,) of a layer's tokens.
+
+        Raises:
+            ConfigError: a generation's prompt is not seen as a whole.
+        """
+        if self.shape is None or math.prod(shape) != math.prod(self.shape):
+            return None
+        positions = self.shape[1]
+        if self.ends is None or positions == self.ends:
+            return self.documents
+        held = self.held
+        if held is None or (held < self.ends and (held > 0 or positions < self.ends)):
+            raise ConfigError(
+                "A capacity or expert choice counts within the whole prompt, and the model was "
+                f"shown {positions} of its {self.ends} tokens; set prefill_chunk_size to None."
+            )
+        if positions == 1:
+            return None
+        index_S = torch.arange(positions, device=self._device())
+        answers_BS = ((index_S >= self.ends - held) & (index_S > 0)).expand(self.shape)
+        starts_BS = answers_BS if self.starts_BS is None else self.starts_BS | answers_BS
+        return replace(self, starts_BS=starts_BS).documents
+
+    def _device(self) -> torch.device:
+        known = (self.real_BS, self.starts_BS, self.past)
+        return next((t.device for t in known if isinstance(t, Tensor)), torch.device("cpu"))
 
     @property
     def unmasked(self) -> Call:

@@ -225,8 +225,8 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         )
         rows = self.moelora_input[adapter].rows(x, view)
         rows.product = product
-        if view.starts_BS is not None and (router.mixes_rows or modifiers.mixes_rows):
-            rows.documents = view.documents if rows.row_of_token is None else None
+        if rows.row_of_token is None and (router.mixes_rows or modifiers.mixes_rows):
+            rows.documents = view.parts_of(x.shape[:-1])
         routing: Routing = router(rows, self._score(adapter), modifiers, a)
         if rows.row_of_token is not None:
             routing = routing.rows(rows.row_of_token)
@@ -235,6 +235,11 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         if self.record_routing:
             self.record(adapter, routing, view.real_among(x.shape[:-1]))
         return routing
+
+    def mixes_rows(self, adapter: str) -> bool:
+        """Whether, outside of training, a token's gates depend on the others of its sequence."""
+        router = self._router(adapter)
+        return self._modifiers(adapter).mixes_rows or (router.mixes_rows and not router.balances)
 
     def record(self, adapter: str, routing: Routing, real_T: Tensor | None) -> None:
         """Keep a decision for whoever has set `record_routing`."""

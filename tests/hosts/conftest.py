@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from environments import environment
+from environments import environment, install_moelora
 from tiny import tiny_llama, tiny_tokenizer
 
-ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 
 # Raw turns: what is trained as prompt and completion is what a chat asks.
@@ -105,18 +102,7 @@ class Host:
 @pytest.fixture(scope="session")
 def installed_moelora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with moelora as pip installs it, entry point and all."""
-    folder = tmp_path_factory.mktemp("moelora")
-    # From a copy: setuptools' scratch folder in the checkout may hold files since deleted, and two
-    # test processes must not share it.
-    source, target = folder / "source", folder / "site"
-    for name in ("cli", "eval_tasks", "moelora_plugin"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    options = ["--no-deps", "--no-build-isolation", "--target", str(target)]
-    subprocess.run([*pip, *options, str(source)], check=True)
-    return target
+    return install_moelora(tmp_path_factory.mktemp("moelora"))
 
 
 def _host(name: str, moelora: Path, tmp_path_factory: pytest.TempPathFactory) -> Host:

@@ -1,11 +1,13 @@
-"""One virtual environment per host, built once and kept in the user's cache.
+"""Virtual environments of pinned packages, built once and kept in the user's cache.
 
     python tests/hosts/environments.py                # builds what is missing, prints where
     python tests/hosts/environments.py axolotl trl
 
-An environment holds exactly the packages of `pins/<name>.txt` and not moelora, so that a host can
-be run with and without it. Its folder carries a digest of everything it was made from: a change of
-the pins makes a new one. `MOELORA_HOSTS_CACHE` names another place than `~/.cache/moelora/hosts`.
+There is one for each host, and one for each set of versions that `tests/versions` runs the core of
+the suite with. An environment holds exactly the packages of its list of pins and not moelora, so
+that a host can be run with and without it. Its folder carries a digest of everything it was made
+from: a change of the pins makes a new one. `MOELORA_HOSTS_CACHE` names another place for the hosts'
+than `~/.cache/moelora/hosts`; the others lie in `~/.cache/moelora/envs`.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ import sys
 import venv
 from pathlib import Path
 
+ROOT = Path(__file__).parents[2]
 PINS = Path(__file__).parent / "pins"
+VERSIONS = ROOT / "tests" / "versions"
 NAMES = sorted(file.stem for file in PINS.glob("*.txt"))
 
 # LLaMA-Factory imports torchaudio whatever it is asked to do. PyPI's torchaudio and torchvision are
@@ -29,7 +33,8 @@ STUBS = {"llamafactory": ("torchaudio",)}
 
 def environment(name: str) -> Path:
     """The folder of the environment called `name`, built if it is not there."""
-    folder = cache() / f"{name}-{_digest(name)}"
+    kind = "hosts" if _pins(name).parent == PINS else "envs"
+    folder = cache(kind) / f"{name}-{_digest(name)}"
     if not (folder / "ready").exists():
         shutil.rmtree(folder, ignore_errors=True)
         _build(name, folder)
@@ -37,18 +42,39 @@ def environment(name: str) -> Path:
     return folder
 
 
-def cache() -> Path:
+def cache(kind: str = "hosts") -> Path:
     """Where the environments lie."""
     chosen = os.environ.get("MOELORA_HOSTS_CACHE")
-    if chosen:
+    if chosen and kind == "hosts":
         return Path(chosen)
     root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "moelora" / "hosts"
+    return (Path(root) if root else Path.home() / ".cache") / "moelora" / kind
+
+
+def install_moelora(folder: Path) -> Path:
+    """A folder inside this one with moelora as pip installs it, entry point and all."""
+    # From a copy: setuptools' scratch folder in the checkout may hold files since deleted, and two
+    # test processes must not share it.
+    source, target = folder / "source", folder / "site"
+    for name in ("cli", "eval_tasks", "moelora_plugin"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    options = ["--no-deps", "--no-build-isolation", "--target", str(target)]
+    subprocess.run([*pip, *options, str(source)], check=True)
+    return target
+
+
+def _pins(name: str) -> Path:
+    """The list of an environment's packages."""
+    own = PINS / f"{name}.txt"
+    return own if own.exists() else VERSIONS / f"{name}.txt"
 
 
 def _digest(name: str) -> str:
     made_from = [
-        (PINS / f"{name}.txt").read_text(),
+        _pins(name).read_text(),
         platform.python_version(),
         str(STUBS.get(name)),
     ]
@@ -57,7 +83,7 @@ def _digest(name: str) -> str:
 
 def _build(name: str, folder: Path) -> None:
     print(f"Building the environment of {name} in {folder}", flush=True)
-    pins = (PINS / f"{name}.txt").read_text().splitlines()
+    pins = _pins(name).read_text().splitlines()
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
@@ -65,7 +91,7 @@ def _build(name: str, folder: Path) -> None:
     # nothing is resolved and nothing can pull another torch in.
     torch = next(pin for pin in pins if pin.startswith("torch=="))
     subprocess.run([*pip, torch], check=True)
-    subprocess.run([*pip, "--no-deps", "-r", str(PINS / f"{name}.txt")], check=True)
+    subprocess.run([*pip, "--no-deps", "-r", str(_pins(name))], check=True)
     site = folder / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}"
     for stub in STUBS.get(name, ()):
         package = site / "site-packages" / stub

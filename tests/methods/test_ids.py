@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapted_llama import adapted_llama, sentences
+from adapted_llama import adapted_llama, cache_of, sentences
 from peft import get_peft_model
 from task_rows import write_data
 from tiny import tiny_llama, tiny_tokenizer
@@ -103,9 +103,10 @@ def test_positional_arguments_are_found_by_the_model_s_names():
 
 def test_with_a_cache_the_mask_s_last_columns_count():
     mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 0]])
-    call = read(input_ids=mask[:, :1], attention_mask=mask, past_key_values=cache(3))
-    assert call.real_BS.tolist() == [[True], [False]]
-    assert not call.begins
+    for name in ("past_key_values", "cache", "another"):
+        call = read(input_ids=mask[:, :1], attention_mask=mask, **{name: cache(3)})
+        assert call.real_BS.tolist() == [[True], [False]]
+        assert not call.begins
 
 
 def test_a_mask_that_is_too_short_says_nothing():
@@ -122,7 +123,21 @@ def test_a_cache_s_own_counter_may_move_on():
 
 
 def test_a_cache_that_does_not_tell_is_no_beginning():
-    assert read(input_ids=torch.ones(1, 4), past_key_values=(1, 2)).begins is None
+    for name in ("past_key_values", "cache", "cache_params"):
+        assert read(input_ids=torch.ones(1, 4), **{name: (1, 2)}).begins is None
+
+
+def test_a_cache_without_attention_knows_whether_it_has_begun():
+    """Layers of linear attention do not count, and say so by an error."""
+
+    def uncounted() -> int:
+        raise ValueError("only linear attention")
+
+    for begun in (True, False):
+        held = SimpleNamespace(get_seq_length=uncounted, has_previous_state=lambda b=begun: b)
+        call = read(input_ids=torch.ones(1, 4), cache_params=held)
+        assert call.begins is not begun
+        assert call.held is None
 
 
 def test_some_sequences_of_a_call_are_a_call_of_their_own():
@@ -340,7 +355,7 @@ def test_a_graph_and_a_cache_take_what_was_kept_of_them_along():
     model(input_ids=ids, labels=ids)
     assert first() is not None  # the backward may still come
     with torch.no_grad():
-        past = model.eval()(input_ids=ids, use_cache=True).past_key_values
+        past = cache_of(model.eval()(input_ids=ids, use_cache=True))
     kept = context_of(model)._kept
     assert len(kept) == 1
     del loss, past

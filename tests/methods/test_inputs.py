@@ -10,7 +10,7 @@ import pickle
 
 import pytest
 import torch
-from adapted_llama import NEEDS, adapted_llama, checkpoint_activations, sentences
+from adapted_llama import NEEDS, adapted_llama, cache_of, checkpoint_activations, sentences
 from peft import PeftModel, get_peft_model
 
 from moelora_plugin import MoeLoraConfig, routing_ids
@@ -267,13 +267,11 @@ def test_generations_may_take_turns(name):
     token = torch.full((2, 1), 7)
 
     def step(cache) -> torch.Tensor:
-        return model(input_ids=token, past_key_values=cache, use_cache=True).logits
+        return model(input_ids=token, **cache, use_cache=True).logits
 
     with torch.no_grad():
-        alone = [
-            step(model(input_ids=ids, use_cache=True).past_key_values) for ids in (first, second)
-        ]
-        caches = [model(input_ids=ids, use_cache=True).past_key_values for ids in (first, second)]
+        alone = [step(cache_of(model(input_ids=ids, use_cache=True))) for ids in (first, second)]
+        caches = [cache_of(model(input_ids=ids, use_cache=True)) for ids in (first, second)]
         turns = [step(cache) for cache in caches]
     assert all(torch.equal(a, b) for a, b in zip(alone, turns, strict=True))
     assert not torch.equal(*turns)
@@ -283,9 +281,9 @@ def test_generations_may_take_turns(name):
 def test_a_step_without_its_beginning_is_refused(name):
     model, ids = model_with(name), sentences(2)
     with torch.no_grad(), model.disable_adapter():
-        cache = model(input_ids=ids, use_cache=True).past_key_values
+        cache = cache_of(model(input_ids=ids, use_cache=True))
     with pytest.raises(ConfigError, match="use_cache=False"):
-        model(input_ids=ids[:, :1], past_key_values=cache)
+        model(input_ids=ids[:, :1], **cache)
 
 
 def test_training_without_labels_finds_no_prompt():

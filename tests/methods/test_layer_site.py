@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapted_llama import cache_of
 from peft import get_peft_model
 from tiny import tiny_llama
 from torch import Tensor, nn
@@ -256,11 +257,10 @@ def test_decoding_goes_by_the_prompt_s_decision():
     owners = [layer for layer in routed_layers(model).values() if layer.moelora_router]
     owners[0].record_routing = True
     with torch.no_grad():
-        past = model(input_ids=ids[:, :6], use_cache=True).past_key_values
+        past = cache_of(model(input_ids=ids[:, :6], use_cache=True))
         seen.append(owners[0].last_routing["default"].weights.view(2, 6, 7))
         for position in range(6, 9):
-            step = model(input_ids=ids[:, position : position + 1], past_key_values=past)
-            past = step.past_key_values
+            past = cache_of(model(input_ids=ids[:, position : position + 1], **past))
             seen.append(owners[0].last_routing["default"].weights.view(2, 1, 7))
     assert (seen[0] > 0).sum(-1).eq(3).all()
     for weights in seen:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapted_llama import NEEDS, adapted_llama, sentences
+from adapted_llama import NEEDS, adapted_llama, cache_of, sentences
 from peft import PeftModel
 
 from moelora_plugin import routing_ids
@@ -239,10 +239,8 @@ def test_packed_rows_that_go_on_from_a_cache_are_refused(part: str) -> None:
     model, batch = model_with(part), packed("positions")
     with torch.no_grad():
         first = model(**batch, use_cache=True)
-        cache = next(v for v in first.values() if hasattr(v, "get_seq_length"))
-        name = next(k for k, v in first.items() if v is cache)
         with pytest.raises(ConfigError, match="packs"):
-            model(**batch, **{name: cache})
+            model(**batch, **cache_of(first))
 
 
 def test_losses_by_sequence_count_documents() -> None:

@@ -76,7 +76,15 @@ class PooledInput(RouterInput):
     def _in_prompt(self, x_BSI: Tensor, call: Call) -> tuple[Tensor | None, int]:
         """The positions to pool, and how many the cache has to hold for the decision to stand."""
         chosen_BS, positions = self.positions(x_BSI, call), x_BSI.shape[1]
-        if call.ends is None or x_BSI.shape[:2] != call.shape or positions == call.ends:
+        if call.ends is None:
+            return chosen_BS, positions
+        if x_BSI.shape[:2] != call.shape:
+            raise ConfigError(
+                f"router_input={self.key!r} decides by the whole prompt, and in a generation a "
+                f"layer sees {tuple(x_BSI.shape[:2])} of its {tuple(call.shape or ())} tokens, as "
+                "those of a head do; name the layer in exclude_modules."
+            )
+        if positions == call.ends:
             return chosen_BS, positions
         if positions < call.ends:
             raise ConfigError(

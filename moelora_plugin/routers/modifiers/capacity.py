@@ -64,18 +64,22 @@ class Capacity(Modifier):
         if real_N is None:
             real_N = torch.ones_like(weights_NE[:, 0], dtype=torch.bool)
         selected_NE = (weights_NE != 0) & real_N.unsqueeze(-1)
+        room_NE: Tensor
         if rows.documents is not None:
-            return weights_NE * self._room_in_documents(selected_NE, real_N, rows.documents)
+            room_NE = self._room_in_documents(selected_NE, real_N, rows.documents)
+            return weights_NE * room_NE.to(weights_NE.dtype)
         place_BSE = selected_NE.unflatten(0, (rows.batch, -1)).long().cumsum(1)
         count_B = real_N.unflatten(0, (rows.batch, -1)).sum(-1)
-        room_BSE = place_BSE <= self._capacity(count_B)[:, None, None]
-        return weights_NE * room_BSE.flatten(0, 1).to(weights_NE.dtype)
+        room_NE = (place_BSE <= self._capacity(count_B)[:, None, None]).flatten(0, 1)
+        return weights_NE * room_NE.to(weights_NE.dtype)
 
     def _capacity(self, count_B: Tensor) -> Tensor:
         """How many rows an expert takes of a sequence that has so many."""
         if self.factor is None:
             return torch.full_like(count_B, self.tokens)
-        return (self.factor * self.plan.top_k / self.plan.num_experts * count_B).ceil()
+        share = self.factor * self.plan.top_k / self.plan.num_experts
+        capacity_B: Tensor = (share * count_B).ceil()
+        return capacity_B
 
     def _room_in_documents(
         self, selected_NE: Tensor, real_N: Tensor, documents: Documents
@@ -85,4 +89,5 @@ class Capacity(Modifier):
         place_NE = chosen_NE.cumsum(0)
         place_NE = place_NE - (place_NE - chosen_NE)[documents.first_D][of_N]
         count_D = of_N[real_N].bincount(minlength=documents.count)
-        return place_NE <= self._capacity(count_D)[of_N].unsqueeze(-1)
+        room_NE: Tensor = place_NE <= self._capacity(count_D)[of_N].unsqueeze(-1)
+        return room_NE

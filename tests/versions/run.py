@@ -1,0 +1,54 @@
+"""The core of the suite with another set of versions: `make test-newest`, `make test-lowest`.
+
+    python tests/versions/run.py lowest [arguments for pytest]
+
+The set is `<name>.txt` beside this file, a complete list that `resolve.py` writes, so that a run
+does not depend on what was released since. The environment is kept and made anew when the list
+changes (`tests/hosts/environments.py`); moelora is put beside it as it is now.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "hosts"))
+
+from environments import environment, install_moelora  # noqa: E402
+
+# What reads other packages' insides: the tuner, its optimizers, training and evaluation, and of the
+# methods what depends on how transformers calls its models.
+CORE = (
+    "adapter",
+    "optim",
+    "training",
+    "evaluation",
+    "methods/test_generation_modes.py",
+    "methods/test_ids.py",
+    "methods/test_inputs.py",
+    "methods/test_layer_site.py",
+    "methods/test_model_site.py",
+    "methods/test_packing.py",
+    "methods/test_peft_agreement.py",
+)
+
+
+def main(name: str, arguments: list[str]) -> int:
+    """Run the core in the environment called `name`; pytest's exit status."""
+    pytest = environment(name) / "bin" / "pytest"
+    with tempfile.TemporaryDirectory() as folder:
+        site = install_moelora(Path(folder))
+        # Not by `python -m pytest`, which puts the checkout before what is installed.
+        command = [str(pytest), *arguments]
+        command += ["-m", "not data and not slow and not network and not hosts"]
+        command += [str(ROOT / "tests" / part) for part in CORE]
+        environ = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, cwd=ROOT, env=environ, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], sys.argv[2:]))
