@@ -78,17 +78,21 @@ def test_many_rows_take_little_room(tmp_path: Path) -> None:
     assert (tmp_path / "moelora_eval_documents.parquet").stat().st_size < 400_000
 
 
-@pytest.mark.parametrize("fails", ["write_documents", "write_text"])
-def test_a_failure_leaves_no_file(
+@pytest.mark.parametrize("fails", ["write_documents", "_write_json"])
+def test_a_failure_leaves_no_file_and_those_of_the_run_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
 ) -> None:
     def full(*_: object) -> None:
         raise OSError("No space left on device")
 
+    write_run(tmp_path / "before" / "moelora_eval.json")
+    before = {path: path.read_bytes() for path in (tmp_path / "before").iterdir()}
     monkeypatch.setattr(report, fails, full)
-    with pytest.raises(OSError, match="No space left"):
-        write_run(tmp_path / "moelora_eval.json")
-    assert list(tmp_path.iterdir()) == []
+    for folder in ("before", "new"):
+        with pytest.raises(OSError, match="No space left"):
+            write_run(tmp_path / folder / "moelora_eval.json", request={"limit": 1})
+    assert {path: path.read_bytes() for path in (tmp_path / "before").iterdir()} == before
+    assert list((tmp_path / "new").iterdir()) == []
 
 
 def test_a_row_that_cannot_be_written_leaves_no_file(tmp_path: Path) -> None:
