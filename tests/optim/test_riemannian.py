@@ -9,7 +9,6 @@ import weakref
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from peft.optimizers import create_riemannian_optimizer
 from torch import nn
 
 from moelora_plugin import MoeLoraConfig, RiemannianAdamW, RiemannianSGD, build_optimizer
@@ -143,6 +142,8 @@ def test_on_plain_lora_it_is_peft_s_riemannian_optimizer(name, weight_decay):
         options |= {"eps": 1e-6, "betas": (0.9, 0.99)}
     base_class = torch.optim.SGD if name == "rsgd" else torch.optim.AdamW
     optimizer = build_optimizer(ours, name, damping=1e-2, **options)
+    from peft.optimizers import create_riemannian_optimizer  # PEFT has it from 0.21 on
+
     reference = create_riemannian_optimizer(theirs, base_class, reg=1e-2, **options)
     for step in range(5):
         for model, stepper in ((ours, optimizer), (theirs, reference)):
