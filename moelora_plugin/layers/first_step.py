@@ -65,8 +65,8 @@ class FirstStep:
             return
         for key in [k for k, h in model._forward_hooks.items() if _owner(h) is self]:
             del model._forward_hooks[key]
-        alive = {_stem(name, keep=1) for name in reached}
-        dead = [name for name in missed if _stem(name, keep=1) not in alive]
+        alive = {stem(name, keep=1) for name in reached}
+        dead = [name for name in missed if stem(name, keep=1) not in alive]
         if dead:
             warnings.warn(
                 f"The first training step did not reach {len(dead)} adapted linears, which learn "
@@ -92,7 +92,7 @@ class FirstStep:
         return reached, missed
 
 
-def _stem(name: str, keep: int) -> str:
+def stem(name: str, keep: int) -> str:
     """A name with all numbers but the first few as stars."""
     parts = re.split(r"(\d+)", name)
     numbers = range(1 + 2 * keep, len(parts), 2)
@@ -101,8 +101,8 @@ def _stem(name: str, keep: int) -> str:
 
 def _shown(names: list[str], others: list[str]) -> str:
     """Names, with a star for numbers where all that differ in them are among the names."""
-    elsewhere = {_stem(name, keep=0) for name in others}
-    short = {_stem(n, keep=0) if _stem(n, keep=0) not in elsewhere else n for n in names}
+    elsewhere = {stem(name, keep=0) for name in others}
+    short = {stem(n, keep=0) if stem(n, keep=0) not in elsewhere else n for n in names}
     listed = sorted(short)
     rest = f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
     return ", ".join(listed[:_SHOWN]) + rest
