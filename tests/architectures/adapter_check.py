@@ -218,6 +218,13 @@ def _train(base: nn.Module, model: PeftModel, inputs: dict[str, Any], outcome: O
         _loss(model.train(), inputs).backward()
     for warning in caught:
         _, found, after = str(warning.message).partition("did not reach ")
+        if "running statistics" in str(warning.message):
+            outcome.note("training moves running statistics that no adapter holds, with a warning")
+            # Here they go back, so that what is loaded can be told from what was saved.
+            state = dict(base.named_buffers())
+            for name, tensor in model.get_base_model().named_buffers():
+                if name in state:
+                    tensor.data.copy_(state[name])
         if found:
             outcome.unreached = after.partition("; leave them out")[0]
             outcome.unreached = outcome.unreached.partition(": ")[2]

@@ -142,7 +142,7 @@ MAMBA_HEADS = [
 
 
 def _with(**values: Any) -> Callable[[Any], None]:
-    """Sets values of a configuration, where it has a language model of its own there."""
+    """What sets values of a configuration."""
 
     def change(config: Any) -> None:
         for name, value in values.items():
@@ -154,6 +154,10 @@ def _with(**values: Any) -> Callable[[Any], None]:
 # What the constructor must be told, because the default cannot be built at any size.
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8}},
+    **{
+        name: {"embed_dim": 24, "depths": [1, 1], "num_heads": [3, 6], "window_size": 4}
+        for name in ("swin", "swinv2", "donut-swin")
+    },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
 }
 # What is set afterwards.
@@ -168,6 +172,8 @@ EXCEPTIONS: dict[str, Callable[[Any], None]] = {
     "musicgen": lambda config: _with(num_codebooks=1)(config.decoder),
     "musicgen_melody": lambda config: _with(num_codebooks=1)(config.decoder),
     "reformer": _with(is_decoder=True, axial_pos_embds_dim=(8, 24), axial_pos_shape=(3, 4)),
+    **dict.fromkeys(("swin", "swinv2", "donut-swin"), _with(hidden_size=48)),
+    "mobilevitv2": _with(image_size=128),
     "xmod": _with(default_language="en_XX"),
     "zamba": _with(
         attention_hidden_size=64,
