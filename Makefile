@@ -11,11 +11,12 @@ PYTEST_ARGS ?= -n 2
 HOSTS_ARGS ?= -n 2 --dist loadfile
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 DEMO_ARGS ?=
+ARCHITECTURES_ARGS ?=
 BENCH_ARGS ?=
 FUZZ_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-hosts test-newest test-lowest versions test-data fuzz methods-table lint format type imports check wheel bench clean
+.PHONY: help install demo test test-slow test-architectures test-hosts test-newest test-lowest versions test-data fuzz methods-table lint format type imports check wheel bench clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
@@ -42,6 +43,10 @@ test: $(INSTALLED)  ## Run the tests (no network, no data folder)
 
 test-slow: $(INSTALLED)  ## Run the tests that take longer than ten seconds each
 	$(PYTEST) -m "slow and not data and not network and not hosts"
+
+# About ten minutes on two idle cores; ARCHITECTURES_ARGS="llama --task causal" tries some.
+test-architectures: $(INSTALLED)  ## Adapt every architecture of transformers, tiny; writes docs/architectures.md
+	$(BIN)/python tests/architectures/sweep.py $(ARCHITECTURES_ARGS)
 
 # Environments are kept in ~/.cache/moelora/hosts and made anew when their pins change.
 test-hosts: $(INSTALLED)  ## Run the hosts' own commands, each host in its environment (about 9 GB)

@@ -98,11 +98,12 @@ class Base:
         parts = name.split(".")
         for depth in range(1, len(parts)):
             parent = self.modules.get(".".join(parts[:-depth]), self.model)
-            how = weights_read(type(parent)).get(".".join(parts[-depth:]))
+            kind: type = type(parent)
+            how = weights_read(kind).get(".".join(parts[-depth:]))
             if how == "never called":
-                return f"{type(parent).__name__} takes its weight and never calls it"
+                return f"{kind.__name__} takes its weight and never calls it"
             if how is not None:
-                return f"{type(parent).__name__} computes with its weight and without its forward"
+                return f"{kind.__name__} computes with its weight and without its forward"
         return None
 
     def refusal(self) -> str:
@@ -143,7 +144,7 @@ def choose_targets(
     base = Base(model)
     is_default = config.targets_by_default
     if config.target_modules is None:
-        if model_type not in defaults:
+        if model_type is None or model_type not in defaults:
             raise ConfigError(
                 f"There is no default for model type {model_type!r}; set target_modules to "
                 f"some of {', '.join(base.linears())}, or to 'all-linear'."
@@ -308,7 +309,7 @@ def fused_experts(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[Fu
     Known by what they are called in every architecture: the module or its class is one of experts.
     What checkpoints call the parts comes from transformers' own table for loading them.
     """
-    halves = dict(_HALVES)
+    halves: dict[str, tuple[str, ...]] = dict(_HALVES)
     if isinstance(model, PreTrainedModel):
         halves.update(_per_expert_names(model))
     found = []

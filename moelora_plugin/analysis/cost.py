@@ -98,13 +98,14 @@ def step_cost(
         # Ids are checked before they are looked up; a single one's value is remembered.
         inputs |= {name: torch.tensor(0) for name in arguments}
         counter = FlopCounterMode(display=False, custom_mapping=_PRODUCTS)
+        products = _GroupedProducts()  # type: ignore[no-untyped-call]
         memory = _LiveMemory([*model.parameters(), *model.buffers(), ids_BS])
         cast: AbstractContextManager[Any] = (
             torch.autocast("cpu", autocast) if autocast else nullcontext()
         )
         try:
             # The last is asked first: what is counted has not been replaced yet.
-            with _GroupedProducts(), counter, memory:
+            with products, counter, memory:
                 with cast:
                     loss = model(**inputs).loss
                 forward, saved = counter.get_total_flops(), memory.now

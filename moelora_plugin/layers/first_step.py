@@ -2,7 +2,7 @@
 
 A linear that the model never calls, or whose output it drops, trains nothing, and no loss shows it:
 the last layer of a vision tower whose features are taken earlier, a tower that no batch has images
-for, a head that is not used.
+for, a head that is not used. Nor does it show that the step moved what no adapter holds.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -55,7 +56,7 @@ class FirstStep:
         if not self._is_queued:
             self._is_queued = True
             # Runs when all gradients of this backward are there.
-            torch.autograd.Variable._execution_engine.queue_callback(  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(
                 functools.partial(self._report, model)
             )
 
@@ -65,13 +66,34 @@ class FirstStep:
         if not reached:
             return
         _unwatch(model, lambda owner: owner is self)
-        alive = {_stem(name, keep=1) for name in reached}
-        dead = [name for name in missed if _stem(name, keep=1) not in alive]
+        self._warn_of_statistics(model)
+        alive = {stem(name, keep=1) for name in reached}
+        dead = [name for name in missed if stem(name, keep=1) not in alive]
         if dead:
             warnings.warn(
                 f"The first training step did not reach {len(dead)} adapted linears, which learn "
                 f"nothing from such a step: {_shown(dead, reached)}; leave them out with "
                 "exclude_modules unless other batches use them.",
+                ReachWarning,
+                stacklevel=2,
+            )
+
+    @staticmethod
+    def _warn_of_statistics(model: nn.Module) -> None:
+        norms = [
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm)
+            and module.training
+            and module.track_running_stats
+            # A whole copy of it trains and is saved.
+            and not {"original_module", "modules_to_save"} & set(name.split("."))
+        ]
+        if norms:
+            warnings.warn(
+                f"Training moves the running statistics of the base's {len(norms)} batch norms, "
+                "which no adapter file holds, so the saved adapter will answer otherwise: "
+                f"{_shown(norms, [])}; keep them in eval mode, or name them in modules_to_save.",
                 ReachWarning,
                 stacklevel=2,
             )
@@ -92,7 +114,7 @@ class FirstStep:
         return reached, missed
 
 
-def _stem(name: str, keep: int) -> str:
+def stem(name: str, keep: int) -> str:
     """A name with all numbers but the first few as stars."""
     parts = re.split(r"(\d+)", name)
     numbers = range(1 + 2 * keep, len(parts), 2)
@@ -100,10 +122,14 @@ def _stem(name: str, keep: int) -> str:
 
 
 def _shown(names: list[str], others: list[str]) -> str:
-    """Names, with a star for numbers where all that differ in them are among the names."""
-    elsewhere = {_stem(name, keep=0) for name in others}
-    short = {_stem(n, keep=0) if _stem(n, keep=0) not in elsewhere else n for n in names}
-    listed = sorted(short)
+    """Names, with stars for numbers where several differ in those alone and no other does."""
+    stems = Counter(stem(name, keep=0) for name in names)
+    elsewhere = {stem(name, keep=0) for name in others}
+    shown = set()
+    for name in names:
+        star = stem(name, keep=0)
+        shown.add(star if stems[star] > 1 and star not in elsewhere else name)
+    listed = sorted(shown)
     rest = f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
     return ", ".join(listed[:_SHOWN]) + rest
 

@@ -99,7 +99,7 @@ def maps_rows(base: nn.Module) -> bool:
 
 
 @functools.cache
-def weights_read(parent: type[nn.Module]) -> dict[str, str]:
+def weights_read(parent: type) -> dict[str, str]:
     """Children whose weight the code of a module's class computes with, past their forward.
 
     Args:

@@ -471,3 +471,22 @@ def test_the_watch_leaves_with_the_adapter():
     base = model.unload()
     assert not base._forward_hooks
     assert not base._forward_pre_hooks
+
+
+def test_running_statistics_that_no_adapter_holds_are_named():
+    def base() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
+
+    def step(frozen: bool = False, **keys: Any) -> None:
+        model = get_peft_model(base(), config_for(["0", "2"], **keys)).train()
+        if frozen:
+            model.base_model.model[1].eval()
+        model(torch.randn(5, 4)).sum().backward()
+
+    with pytest.warns(UserWarning, match="running statistics of the base's 1 batch norms.*: 1;"):
+        step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(modules_to_save=["1"])
+        step(frozen=True)

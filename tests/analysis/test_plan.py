@@ -12,6 +12,15 @@ from preset_cases import ATTENTION, SMALLER, adapted, base, config_of
 from rich.console import Console
 from tiny import tiny_llama
 from torch import nn
+from transformers import (
+    CTRLConfig,
+    Llama4TextConfig,
+    MambaConfig,
+    PhimoeConfig,
+    PretrainedConfig,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+)
 
 from moelora_plugin import PRESETS, MoeLoraConfig, build_optimizer
 from moelora_plugin.analysis.cost import StepCost, preconditioning_operations, step_cost
@@ -260,3 +269,98 @@ def test_lora_stands_for_each_module_s_total_rank(folder: str) -> None:
     )
     real: PeftModel = get_peft_model(tiny_llama(), lora)
     assert plan.lora.trainable == real.get_nb_trainable_parameters()[0]
+
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+MOE: dict[str, Any] = {**SMALL, "moe_intermediate_size": 12}
+
+
+@pytest.mark.parametrize(
+    ("shape", "note"),
+    [
+        (Qwen3MoeConfig(**MOE, num_experts=4, num_experts_per_tok=2, head_dim=4), "the experts"),
+        # PEFT takes names of the shared expert for those of the fused ones.
+        (
+            Qwen2MoeConfig(
+                **MOE, num_experts=4, num_experts_per_tok=2, shared_expert_intermediate_size=8
+            ),
+            "the experts",
+        ),
+        (PhimoeConfig(**SMALL, num_local_experts=4), "mlp.router"),
+        (
+            Llama4TextConfig(
+                **SMALL, head_dim=4, intermediate_size_mlp=24, num_local_experts=4, pad_token_id=0
+            ),
+            "feed_forward.router",
+        ),
+        (MambaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, state_size=4), "dt_proj"),
+        # Changes its embeddings in place.
+        (CTRLConfig(vocab_size=40, n_embd=16, dff=24, n_layer=2, n_head=4), None),
+    ],
+    ids=lambda value: getattr(value, "model_type", None),
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bases_with_ways_of_their_own(
+    shape: PretrainedConfig, note: str | None, dtype: str, tmp_path: Path
+) -> None:
+    shape.save_pretrained(tmp_path)
+    config = MoeLoraConfig(r=2, num_experts=4, top_k=2, target_modules="all-linear")
+    plan = plan_adapter(str(tmp_path), config, Step(batch=2, length=8), dtype=dtype)
+    steps = [use.step for use in (plan.alone, plan.lora, plan.ours)]
+    assert all(step is not None for step in steps)
+    assert steps[0].operations < steps[1].operations < steps[2].operations
+    # LoRA stands on the same linears, and on nothing else.
+    assert plan.lora.trainable == plan.expert_parameters
+    assert [note in text for text in plan.notes] == ([] if note is None else [True])
+    assert all(text in shown(plan, 400) for text in plan.notes)
+
+
+def test_fused_experts_are_counted_by_their_tokens(tmp_path: Path) -> None:
+    forward = []
+    for selected in (1, 2):
+        shape = Qwen3MoeConfig(**MOE, num_experts=4, num_experts_per_tok=selected, head_dim=4)
+        shape.save_pretrained(tmp_path)
+        config = MoeLoraConfig(**{**MIXTURE, "target_modules": ["q_proj"]})
+        plan = plan_adapter(str(tmp_path), config, Step(batch=2, length=8), dtype="float32")
+        assert plan.alone.step is not None
+        forward.append(plan.alone.step.forward)
+    # Gate and up together, then down, of two layers, for each of 16 tokens.
+    assert forward[1] - forward[0] == 16 * 2 * 2 * (16 * 24 + 12 * 16)
+
+
+def test_a_base_that_cannot_be_counted_or_built_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    class Picky(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embeddings = nn.Embedding(4, 4)
+
+        def get_input_embeddings(self) -> nn.Module:
+            return self.embeddings
+
+        def forward(self, input_ids: torch.Tensor, labels: Any, use_cache: bool) -> torch.Tensor:
+            raise ValueError("You have to specify pixel_values.\nOr else.")
+
+    with torch.device("meta"):
+        model = Picky()
+    with pytest.raises(ConfigError, match=r"ValueError: You have to specify pixel_values\); plan"):
+        step_cost(model, 1, 2)
+    shape = Qwen3MoeConfig(**MOE, num_experts=4, layer_types=["full_attention"] * 2)
+    shape.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(file.read_text().replace('"hidden_size": 16', '"hidden_size": -16'))
+    with pytest.raises(ConfigError, match=r"'qwen3_moe' cannot be built from its configuration"):
+        plan_adapter(str(tmp_path), MoeLoraConfig(**MIXTURE), dtype="float32")
+
+
+def test_a_plan_judges_names_as_a_training_does(tmp_path: Path) -> None:
+    Qwen3MoeConfig(**MOE, num_experts=4, head_dim=4).save_pretrained(tmp_path)
+    config = MoeLoraConfig(target_modules=["q_proj", "gate_proj"])
+    with pytest.raises(ConfigError, match="names gate_proj, which matches no module"):
+        plan_adapter(str(tmp_path), config, Step(batch=2, length=8), dtype="float32")

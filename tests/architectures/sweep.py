@@ -25,8 +25,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 import transformers
-from check import Outcome, architectures, check
+from adapter_check import Outcome, architectures, check
+from sweep_table import document
 
+PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 _FORK = multiprocessing.get_context("fork")
 
 
@@ -54,6 +56,8 @@ def main() -> int:
     if options.json:
         rows = [[*key, dataclasses.asdict(outcome)] for key, outcome in found.items()]
         options.json.write_text(json.dumps(rows, indent=1))
+    if len(chosen) == len(architectures()):
+        PAGE.write_text(document(found), encoding="utf-8")
     counts: dict[str, int] = {}
     for outcome in found.values():
         counts[outcome.status] = counts.get(outcome.status, 0) + 1

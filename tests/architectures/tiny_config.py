@@ -39,7 +39,11 @@ SIZES: list[tuple[str, int | None]] = [
     (r"rotary_dim", 4),
     (r"moe_k|top_k_.*|.*_topk", 2),
     (r"mamba_n_heads|mamba_num_heads", 4),
-    (r"mamba_d_state|state_size|ssm_state_size|mamba_d_ssm", 8),
+    (r"mamba_d_state|state_size|ssm_state_size", 8),
+    (r"true_hidden_size|intra_bottleneck_size", 32),
+    (r"n_group|num_expert_groups?", 2),
+    (r"topk_groups?", 1),
+    (r"mamba_n_groups|mamba_ngroups|n_groups", 1),
     (r".*lora_rank", 8),
     (r"max_position_embeddings|max_seq_len|n_positions", 512),
 ]
@@ -64,7 +68,9 @@ def shrink(config: Any, ids: Any, known: dict[int, int]) -> None:
     for name, value in list(vars(config).items()):
         if isinstance(value, PretrainedConfig):
             shrink(value, ids, known)
-        elif re.fullmatch(r".*token(_id|_index|_idx|_ids)?|.*_id|.*_ids|.*_index", name):
+        elif re.fullmatch(
+            r"(?!num_|.*per_token).*token(_id|_index|_idx|_ids)?|.*_(id|ids|index)", name
+        ):
             _set(config, name, _token(value, ids, known))
         elif isinstance(value, int) and not isinstance(value, bool):
             for pattern, size in SIZES:
@@ -78,6 +84,12 @@ def shrink(config: Any, ids: Any, known: dict[int, int]) -> None:
 def _agree(config: Any) -> None:
     """Sizes that follow from others."""
     values = vars(config)
+    inner = (values.get("mamba_expand") or values.get("expand") or 2) * (
+        values.get("hidden_size") or 0
+    )
+    for heads, width in MAMBA_HEADS:
+        if values.get(heads) and values.get(width):
+            _set(config, width, inner // values[heads])
     if values.get("kv_lora_rank"):  # latent attention has as many keys as queries
         _set(config, "num_key_value_heads", config.num_attention_heads)
     for name in ("head_dim", "num_key_value_heads"):
@@ -121,7 +133,61 @@ def _token(value: Any, ids: Any, known: dict[int, int]) -> Any:
     return known[value]
 
 
+# How many heads state space layers have and how wide one is: together the inner width.
+MAMBA_HEADS = [
+    ("mamba_n_heads", "mamba_d_head"),
+    ("n_mamba_heads", "mamba_headdim"),
+    ("mamba_num_heads", "mamba_head_dim"),
+]
+
+
+def _with(**values: Any) -> Callable[[Any], None]:
+    """What sets values of a configuration."""
+
+    def change(config: Any) -> None:
+        for name, value in values.items():
+            setattr(config, name, value)
+
+    return change
+
+
 # What the constructor must be told, because the default cannot be built at any size.
-ARGUMENTS: dict[str, dict[str, Any]] = {}
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8}},
+    **{
+        name: {"embed_dim": 24, "depths": [1, 1], "num_heads": [3, 6], "window_size": 4}
+        for name in ("swin", "swinv2", "donut-swin")
+    },
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
+}
 # What is set afterwards.
-EXCEPTIONS: dict[str, Callable[[Any], None]] = {}
+EXCEPTIONS: dict[str, Callable[[Any], None]] = {
+    "deepseek_v2": _with(num_experts_per_tok=2),
+    "dots1": _with(n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1),
+    "esm": _with(vocab_size=VOCABULARY, pad_token_id=1, mask_token_id=32),
+    "falcon_h1": _with(mamba_d_ssm=64, mamba_d_head=16),
+    "granitemoehybrid": _with(layer_types=["linear_attention", "full_attention"]),
+    "longcat_flash": _with(qk_head_dim=16),
+    "mamba2": _with(num_heads=4, head_dim=16),
+    "musicgen": lambda config: _with(num_codebooks=1)(config.decoder),
+    "musicgen_melody": lambda config: _with(num_codebooks=1)(config.decoder),
+    "reformer": _with(is_decoder=True, axial_pos_embds_dim=(8, 24), axial_pos_shape=(3, 4)),
+    **dict.fromkeys(("swin", "swinv2", "donut-swin"), _with(hidden_size=48)),
+    "mobilevitv2": _with(image_size=128),
+    "xmod": _with(default_language="en_XX"),
+    "zamba": _with(
+        attention_hidden_size=64,
+        attention_head_dim=16,
+        mamba_dt_rank=4,
+        num_hidden_layers=4,
+        layers_block_type=["linear_attention", "hybrid"] * 2,
+    ),
+    "zamba2": _with(
+        attention_hidden_size=64,
+        attention_head_dim=16,
+        mamba_headdim=16,
+        num_hidden_layers=4,
+        hybrid_layer_ids=[1, 3],
+        layers_block_type=["linear_attention", "hybrid"] * 2,
+    ),
+}

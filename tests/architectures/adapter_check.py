@@ -10,18 +10,21 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
-from inputs import batches
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_config import tiny_config
+from tiny_inputs import batches
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers.models.auto import modeling_auto
 
 from moelora_plugin import MoeLoraConfig, build_optimizer, checkpoint
+from moelora_plugin.analysis import plan
 from moelora_plugin.checkpoint import load_adapter, save_adapter
 from moelora_plugin.errors import MoeLoraError, first_line
+from moelora_plugin.layers import first_step
 from moelora_plugin.model import moelora_layers
 
 # What is gone through, and the auto class of each.
@@ -32,6 +35,8 @@ TASKS = {
     "vision-text": "IMAGE_TEXT_TO_TEXT",
     "vision": "IMAGE_CLASSIFICATION",
 }
+# Takes a base and a folder.
+Loader = Callable[[nn.Module, str], nn.Module]
 _LARGEST = 30_000_000  # parameters; what cannot be made smaller is not tiny
 
 
@@ -40,8 +45,8 @@ class Outcome:
     """What came of one architecture.
 
     Attributes:
-        status: "works", "not tiny" (the base alone cannot be built or called), "refused" (in one
-            sentence) or "fault".
+        status: "works"; "as LoRA" (but for a step at which PEFT's LoRA fails alike); "refused" (in
+            one sentence); "not tiny" (the base alone cannot be built or called small); "fault".
         detail: why, or of what works what is worth saying.
         linears: adapted.
         left_out: what all-linear does not reach.
@@ -53,6 +58,10 @@ class Outcome:
     linears: int = 0
     left_out: str = ""
     unreached: str = ""
+
+    def note(self, text: str) -> None:
+        """Say something more of it."""
+        self.detail = "; ".join(part for part in (self.detail, text) if part)
 
 
 class NotTiny(Exception):
@@ -105,27 +114,65 @@ def check(task: str, model_type: str) -> Outcome:
         model = _adapted(copy.deepcopy(base), outcome)
         stage = "training"
         _train(base, model, inputs, outcome)
+        stage = "saving"
         with tempfile.TemporaryDirectory() as folder:
-            stage = "saving"
             save_adapter(model, Path(folder) / "adapter")
-            expected = _outputs(model.eval(), inputs)
             for name, load in LOADERS.items():
                 stage = f"loading by {name}"
-                loaded = load(copy.deepcopy(base), str(Path(folder) / "adapter"))
-                found = _outputs(loaded.eval(), inputs)
-                assert len(found) == len(expected), "other outputs"
-                assert all(map(torch.equal, found, expected)), "other values"
+                error = _trial(load, base, model, str(Path(folder) / "adapter"), inputs)
+                if error and _lora_fails(load, base, inputs):
+                    outcome.status = "as LoRA"
+                    outcome.note(f"{name} does not load it, nor LoRA")
+                elif error:
+                    raise error
+        if task == "causal":
+            stage = "planning"
+            _plan(base, outcome)
         stage = "generating"
         if hasattr(base, "generate") and base.can_generate():
-            outcome.detail = _joined(outcome.detail, _generate(base, model, inputs))
+            _generate(base, model, inputs, outcome)
     except NotTiny as error:
         return Outcome("not tiny", str(error))
     except MoeLoraError as error:
         return dataclasses.replace(outcome, status="refused", detail=str(error))
     except Exception as error:
+        if stage in ("adapting", "training") and _lora_fails(None, base, inputs):
+            detail = f"{stage} fails, with LoRA as well: {_words(error)}"
+            return dataclasses.replace(outcome, status="as LoRA", detail=detail)
         detail = f"{stage}: {_words(error)}"
         return dataclasses.replace(outcome, status="fault", detail=detail)
     return outcome
+
+
+def _trial(
+    load: Loader, base: nn.Module, model: nn.Module, folder: str, inputs: dict[str, Any]
+) -> Exception | None:
+    """What a loader raises, or that what it loads answers otherwise; None where it does not."""
+    try:
+        loaded = load(copy.deepcopy(base), folder).eval()
+        found, expected = _outputs(loaded, inputs), _outputs(model.eval(), inputs)
+        assert len(found) == len(expected), "other outputs"
+        assert all(map(torch.equal, found, expected)), "other values"
+    except Exception as error:
+        return error
+    return None
+
+
+def _lora_fails(load: Loader | None, base: nn.Module, inputs: dict[str, Any]) -> bool:
+    """Whether PEFT's LoRA, on the same linears, fails at the same."""
+    try:
+        targets = _adapted(copy.deepcopy(base), Outcome()) if load else None
+        names = [name.removeprefix("base_model.model.") for name in moelora_layers(targets or base)]
+        config = LoraConfig(target_modules=names or "all-linear", init_lora_weights=False)
+        model = get_peft_model(copy.deepcopy(base), config)
+        _loss(model.train(), inputs).backward()
+    except Exception:
+        return True
+    if load is None:
+        return False
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return _trial(load, base, model, folder, inputs) is not None
 
 
 def _callable(base: nn.Module, task: str, outcome: Outcome) -> dict[str, Any]:
@@ -139,7 +186,7 @@ def _callable(base: nn.Module, task: str, outcome: Outcome) -> dict[str, Any]:
         except Exception as error:
             reasons.append(_words(error))
             continue
-        outcome.detail = note
+        outcome.note(note)
         return inputs
     raise NotTiny(f"not called: {reasons[0]}")
 
@@ -171,6 +218,13 @@ def _train(base: nn.Module, model: PeftModel, inputs: dict[str, Any], outcome: O
         _loss(model.train(), inputs).backward()
     for warning in caught:
         _, found, after = str(warning.message).partition("did not reach ")
+        if "running statistics" in str(warning.message):
+            outcome.note("training moves running statistics that no adapter holds, with a warning")
+            # Here they go back, so that what is loaded can be told from what was saved.
+            state = dict(base.named_buffers())
+            for name, tensor in model.get_base_model().named_buffers():
+                if name in state:
+                    tensor.data.copy_(state[name])
         if found:
             outcome.unreached = after.partition("; leave them out")[0]
             outcome.unreached = outcome.unreached.partition(": ")[2]
@@ -187,14 +241,23 @@ def _train(base: nn.Module, model: PeftModel, inputs: dict[str, Any], outcome: O
             silent[name] = "a gradient of zero"
     assert len(silent) < len(layers), "no linear learns"
     dead = _without_gradient(base, inputs) if silent else set()
+    alive = {first_step.stem(name, keep=1) for name in layers if name not in silent}
+    spared = 0
     for name, what in silent.items():
+        inner = name.removeprefix("base_model.model.")
+        # Of a list of modules inside a layer, experts for example, some may have no part in a step.
+        if what == "no gradient" and first_step.stem(name, keep=1) in alive:
+            spared += 1
         # Where nothing arrives in the base alone, nothing can arrive in an adapter.
-        assert name.removeprefix("base_model.model.") in dead, f"{name} has {what}"
-    if "no gradient" in silent.values() and not outcome.unreached:
-        spared = [name for name, what in silent.items() if what == "no gradient"]
-        assert all("experts" in name for name in spared), f"{spared[0]} is not named"
-    if silent:
-        outcome.detail = _joined(outcome.detail, f"{len(silent)} linears without gradient there")
+        elif what == "no gradient":
+            assert outcome.unreached, f"{name} has no gradient and is not named"
+        else:
+            assert inner in dead, f"{name} has {what}"
+    still = sum(what == "a gradient of zero" for what in silent.values())
+    if still:
+        outcome.note(f"{still} linears get a gradient of zero, in the base alone as well")
+    if spared:
+        outcome.note(f"{spared} of lists of modules had no part in the step")
     before = [p.detach().clone() for p in model.parameters() if p.requires_grad]
     optimizer.step()
     after = [p for p in model.parameters() if p.requires_grad]
@@ -203,7 +266,9 @@ def _train(base: nn.Module, model: PeftModel, inputs: dict[str, Any], outcome: O
 
 
 def _strictly(base: nn.Module, folder: str) -> nn.Module:
-    return load_adapter(folder, base=base)[0]
+    # Tokenizers and processors are no part of this.
+    with mock.patch.object(checkpoint, "load_processor"):
+        return load_adapter(folder, base=base)[0]
 
 
 def _without_gradient(base: nn.Module, inputs: dict[str, Any]) -> set[str]:
@@ -225,10 +290,7 @@ def _native(base: nn.Module, folder: str) -> nn.Module:
     return base
 
 
-# Tokenizers and processors are no part of this.
-checkpoint.load_processor = lambda *args, **kwargs: None
-
-LOADERS: dict[str, Callable[[nn.Module, str], nn.Module]] = {
+LOADERS: dict[str, Loader] = {
     "moelora's load_adapter": _strictly,
     "PeftModel": PeftModel.from_pretrained,
     "the model's own load_adapter": _native,
@@ -258,22 +320,31 @@ def _loss(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     return sum(t.float().square().mean() for t in _tensors(_call(model, inputs)))
 
 
-def _generate(base: nn.Module, model: nn.Module, inputs: dict[str, Any]) -> str:
+def _plan(base: nn.Module, outcome: Outcome) -> None:
+    config = MoeLoraConfig(r=2, num_experts=3, top_k=2, target_modules="all-linear")
+    with mock.patch.object(plan, "base_config", return_value=base.config):
+        try:
+            planned = plan.plan_adapter("tiny", config, plan.Step(batch=2, length=8))
+        except MoeLoraError as error:
+            outcome.note(f"plan refuses: {error}")
+            return
+    assert planned.modules, "nothing is planned"
+    if planned.ours.step is None:
+        outcome.note("plan: what a step takes depends on the data")
+
+
+def _generate(base: nn.Module, model: nn.Module, inputs: dict[str, Any], outcome: Outcome) -> None:
     given = {k: v for k, v in inputs.items() if k != "decoder_input_ids"}
     options = {"do_sample": False, "max_new_tokens": 3, "pad_token_id": 0}
     try:
         base.generate(**given, **options)
     except Exception as error:
-        return f"the base alone does not generate from it ({_words(error)})"
+        outcome.note(f"the base alone does not generate from this batch ({_words(error)})")
+        return
     torch.manual_seed(3)
     first = model.generate(**given, **options)
     torch.manual_seed(3)
     assert torch.equal(first, model.generate(**given, **options)), "answers differ"
-    return ""
-
-
-def _joined(*parts: str) -> str:
-    return "; ".join(part for part in parts if part)
 
 
 def _words(error: Exception) -> str:
