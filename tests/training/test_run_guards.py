@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from tiny import tiny_llama
 from transformers import Trainer, TrainingArguments
 
 from moelora_plugin import MoeLoraConfig
-from moelora_plugin.errors import AdapterError, ConfigError
+from moelora_plugin.errors import AdapterError, ConfigError, ReachWarning
 from moelora_plugin.model import moelora_layers
 from moelora_plugin.run_guards import refuse_other_run
 
@@ -135,7 +136,7 @@ def test_modules_that_do_not_move_are_named(tmp_path, caplog):
     layers = moelora_layers(model)
     name, dead = next((n, layer) for n, layer in layers.items() if "layers.1" in n)
     dead.forward = dead.base_layer.forward
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING), pytest.warns(ReachWarning, match=re.escape(name)):
         trainer(tmp_path, model).train()
     assert f"1 of {len(layers)} adapted modules did not move in 3 updates" in caplog.text
     assert name in caplog.text
