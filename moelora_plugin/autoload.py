@@ -31,7 +31,7 @@ HOOKS: dict[str, str] = {
     "peft.mapping_func": "registration:register",
     "peft.utils.transformers_weight_conversion": "registration:register_block_keys",
     # Where older transformers have it.
-    "transformers.integrations.peft": "registration:register_block_keys",
+    "transformers.integrations.peft": "registration:register_native_loading",
     "transformers.training_args": "registration:register_optimizer_names",
     "transformers.trainer_optimizer": "registration:register_optimizers",
     "transformers.trainer": "registration:register_callbacks",

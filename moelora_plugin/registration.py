@@ -67,6 +67,17 @@ def register_block_keys() -> None:
             module.build_peft_weight_mapping = _with_block_keys(build)
 
 
+def register_native_loading() -> None:
+    """Make transformers' own `load_adapter` fit our adapters, and refuse an incomplete one."""
+    from transformers.integrations.peft import PeftAdapterMixin
+
+    from .native import checked
+
+    register_block_keys()
+    if not hasattr(PeftAdapterMixin.load_adapter, "__wrapped__"):
+        setattr(PeftAdapterMixin, "load_adapter", checked(PeftAdapterMixin.load_adapter))  # noqa: B010
+
+
 def _with_block_keys(build: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
     @functools.wraps(build)
     def build_peft_weight_mapping(

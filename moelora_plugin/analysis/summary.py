@@ -117,14 +117,14 @@ class AdapterSummary:
         for column in ("least", "most", "unused", "entropy / log E"):
             table.add_column(column, justify="right")
         for name in sorted(routing, key=natural_order):
-            layer, load = routing[name], routing[name].load
+            layer, load = routing[name], routing[name]["load"]
             uniform = math.log(len(load)) if len(load) > 1 else 1.0
             table.add_row(
                 short_name(name),
                 f"{min(load):.3f}",
                 f"{max(load):.3f}",
                 str(sum(share == 0 for share in load)),
-                f"{layer.entropy / uniform:.3f}",
+                f"{layer['entropy'] / uniform:.3f}",
             )
         return [table]
 

@@ -177,6 +177,7 @@ def _write_adapter(
         # state, the trainer's state) stays behind.
         for file in source.iterdir():
             if _is_shared(file.name) and file.is_file():
+                _refuse_link_outside(file, source)
                 shutil.copy2(file, folder / file.name)
         if base is not None and base != config.get("base_model_name_or_path"):
             config |= {"base_model_name_or_path": base, "revision": None}
@@ -185,6 +186,21 @@ def _write_adapter(
             MoeLoraConfig.from_pretrained(str(folder)), read_manifest(source), scores
         )
         write_text(folder / "README.md", card)
+
+
+def _refuse_link_outside(file: Path, source: Path) -> None:
+    """A stranger's folder may hold a link to a file of this machine, which must not be shared.
+
+    Raises:
+        ExportError: the file is such a link; links into the hub's own cache are not.
+    """
+    real, folder = file.resolve(), source.resolve()
+    blobs = folder.parent.parent / "blobs"  # where a snapshot's files are in the hub's cache
+    if not (real.is_relative_to(folder) or real.is_relative_to(blobs)):
+        raise ExportError(
+            f"{file} is a link out of the adapter's folder, to {real}, which an export would share "
+            "with others; put the file itself there if it belongs to the adapter."
+        )
 
 
 def _is_shared(name: str) -> bool:

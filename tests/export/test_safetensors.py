@@ -282,3 +282,27 @@ def test_without_a_wish_to_push_the_hub_is_not_asked(
 ) -> None:
     monkeypatch.setattr("moelora_plugin.export.run.HfApi", Mock(side_effect=AssertionError))
     assert export_adapter(save(), tmp_path / "shared").url is None
+
+
+def test_a_link_to_a_file_of_this_machine_is_not_shared(save: SaveAdapter, tmp_path: Path) -> None:
+    adapter, secret = save(), tmp_path / "secret.json"
+    secret.write_text("{}")
+    (adapter / "tokenizer_config.json").unlink()
+    (adapter / "tokenizer_config.json").symlink_to(secret)
+    with pytest.raises(ExportError, match="a link out of the adapter's folder"):
+        export_adapter(adapter, tmp_path / "shared")
+    assert not (tmp_path / "shared").exists()
+
+
+def test_links_into_the_hubs_cache_are_followed(save: SaveAdapter, tmp_path: Path) -> None:
+    adapter, repo = save(), tmp_path / "models--me--adapter"
+    (repo / "blobs").mkdir(parents=True)
+    snapshot = repo / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    for number, file in enumerate(sorted(adapter.iterdir())):
+        (repo / "blobs" / str(number)).write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(Path("../../blobs") / str(number))
+    export_adapter(snapshot, tmp_path / "shared")
+    assert sha256_of(tmp_path / "shared" / "adapter_model.safetensors") == sha256_of(
+        adapter / "adapter_model.safetensors"
+    )

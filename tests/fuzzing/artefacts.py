@@ -159,7 +159,7 @@ def _load(base: Path) -> PreTrainedModel:
 def _shake(model: nn.Module) -> None:
     torch.manual_seed(3)
     for name, parameter in model.named_parameters():
-        if "moelora_" in name:
+        if "moelora_" in name and parameter.is_floating_point():
             parameter.data += 0.1 * torch.randn_like(parameter)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import resource
 import sys
@@ -49,6 +50,9 @@ def run(target: Target, folder: Path, artefacts: Artefacts, out: Path) -> None:
 
 
 def _read(target: Target, folder: Path, artefacts: Artefacts) -> dict[str, Any]:
+    logged = _Logged(level=logging.WARNING)
+    for name in ("transformers", "moelora_plugin", "peft"):
+        logging.getLogger(name).addHandler(logged)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -59,13 +63,26 @@ def _read(target: Target, folder: Path, artefacts: Artefacts) -> dict[str, Any]:
             ours = target.is_ours or _is_ours(error)
             text = "".join(traceback.format_exception(error))[-1500:]
             return {"outcome": "traceback" if ours else "refused by the library", "message": text}
-    said = sorted({str(w.message)[:200] for w in caught if not _is_usual(w)})
+    said = sorted({str(w.message)[:200] for w in caught if not _is_usual(w)} | logged.said)
     return {
         "outcome": "answered",
         "answer": _digest(answer),
         "warned": said,
         "shown": answer if isinstance(answer, str) else "",
     }
+
+
+class _Logged(logging.Handler):
+    """What libraries say to their log, as transformers does of tensors that are missing."""
+
+    said: set[str]
+
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.said = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.add(record.getMessage()[:200])
 
 
 def _is_ours(error: BaseException) -> bool:

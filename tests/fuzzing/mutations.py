@@ -109,10 +109,12 @@ class Poison:
     Attributes:
         canary: a folder that nothing may touch.
         by_person: whether a person has written the file, who may name code by its dotted path.
+        is_stock: whether a library's loader opens the file before it asks us: it waits for a pipe.
     """
 
     canary: Path
     by_person: bool = False
+    is_stock: bool = False
 
     @property
     def command(self) -> str:
@@ -291,6 +293,8 @@ def _raw(path: Path, rng: random.Random, poison: Poison) -> Mutant:
     """The file as bytes, or something else in its place."""
     data = path.read_bytes()
     op = rng.choice(_RAW)
+    if op in ("fifo", "zero") and poison.is_stock:
+        op = "folder"
     if op == "truncate":
         data = data[: rng.randrange(len(data))]
     elif op == "flip":
@@ -314,8 +318,8 @@ def _raw(path: Path, rng: random.Random, poison: Poison) -> Mutant:
         os.mkfifo(path)
     elif op == "zero":
         path.symlink_to("/dev/zero")
-    elif op == "link":
-        path.symlink_to(poison.canary / "secret.json")
+    elif op == "link":  # hubs' caches are full of links: they are followed, and read as any file
+        path.symlink_to(folder_of_others(path))
     elif op != "missing":
         path.write_bytes(data)
     return Mutant(f"{path.name}: {op}", keeps_form=op == "flip" and path.suffix == ".safetensors")
@@ -330,7 +334,8 @@ def _tensors(path: Path, rng: random.Random, poison: Poison) -> Mutant:
     name = rng.choice(names)
     start, end = header[name]["data_offsets"]
     op = rng.choice(_TENSORS)
-    values = op in ("scale", "swap", "zero")
+    numbers = str(header[name]["dtype"]).startswith(("F", "BF"))
+    values = op in ("scale", "swap", "zero") or (op in ("nan", "inf") and not numbers)
     if op in ("nan", "inf"):
         at = start + 4 * rng.randrange(max((end - start) // 4, 1))
         body[at : at + 4] = struct.pack("<f", float(op))
@@ -361,6 +366,11 @@ def _tensors(path: Path, rng: random.Random, poison: Poison) -> Mutant:
     length = len(text) if op != "length" else rng.choice((0, 2**40, len(text) - 3, 2**63))
     path.write_bytes(struct.pack("<Q", length) + text + bytes(body))
     return Mutant(f"{path.name}: {op} {name}", keeps_form=values)
+
+
+def folder_of_others(path: Path) -> Path:
+    """A file of another artefact, of another kind."""
+    return path.parents[2] / "whole" / "allocation" / "allocation.json"
 
 
 def remove(folder: Path) -> None:

@@ -103,7 +103,7 @@ class Fuzzer:
         if not whole:
             rng = random.Random(f"mutant {self.seed} {case.number}")
             by_person = case.artefact in ("recipe", "allocation")
-            poison = Poison(self.artefacts.canary, by_person)
+            poison = Poison(self.artefacts.canary, by_person, not case.target.is_ours)
             mutant = mutate(copied, READERS[case.artefact][0], rng, poison)
         pid = os.fork()
         if pid == 0:
