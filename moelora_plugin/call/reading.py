@@ -66,6 +66,8 @@ def read_call(
     shape, cache = _shape(arguments), cache_among(arguments)
     past, has_past = _past(cache)
     real_BS = _real(arguments, shape, past, cache is not None)
+    # Without tokens of its own a call's states are its own (features, pixels).
+    others = [] if shape is None else memories(arguments)
     if shape is None and real_BS is not None:
         shape = (real_BS.shape[0], real_BS.shape[1])
     starts_BS = None if shape is None else document_starts(arguments, shape, real_BS)
@@ -85,7 +87,7 @@ def read_call(
         positions if alone and isinstance(positions, Tensor) else None,
         is_training=module.training and torch.is_grad_enabled(),
         labels=labels if isinstance(labels, Tensor) else None,
-        memories=memories(arguments),
+        memories=others,
     )
     for name, value in defaults.items():
         call.ids[name] = _expanded(name, value, call)

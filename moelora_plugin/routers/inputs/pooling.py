@@ -62,7 +62,8 @@ class PooledInput(RouterInput):
         if self._begins(call):
             chosen_BS, end = self._in_prompt(x_BSI, call)
             pooled_BI = pooled(x_BSI, chosen_BS, self.pool)
-            if not call.is_training:  # no generation follows a training call
+            # No generation follows a training call, nor one of a layer by itself.
+            if not call.is_training and call.shape is not None:
                 call.kept[self] = pooled_BI.detach(), end
         else:
             pooled_BI = self._kept(call, len(x_BSI)).to(x.dtype)
