@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -55,7 +55,12 @@ def _refuse_unknown_keys(cls: C) -> C:
     @functools.wraps(generated)
     def checked_init(self: Any, *args: Any, **kwargs: Any) -> None:
         checksum = kwargs.pop("checksum", None)
-        # A member of the enum is not from a file: somebody changes a configuration in memory.
+        unknown = sorted(set(kwargs) - known)
+        if unknown:
+            raise ConfigError(unknown_key_message("MoeLoraConfig", unknown[0], known))
+        generated(self, *args, **kwargs)
+        # Last, since what else is wrong with an edited file says more. A member of the enum is not
+        # from a file: somebody changes a configuration in memory.
         in_memory = isinstance(kwargs.get("peft_type"), PeftType)
         if checksum not in (None, checksum_of(kwargs)) and not in_memory:
             raise AdapterError(
@@ -63,10 +68,6 @@ def _refuse_unknown_keys(cls: C) -> C:
                 "otherwise; save or download it again, or, if you mean it, take 'checksum' out of "
                 "adapter_config.json."
             )
-        unknown = sorted(set(kwargs) - known)
-        if unknown:
-            raise ConfigError(unknown_key_message("MoeLoraConfig", unknown[0], known))
-        generated(self, *args, **kwargs)
 
     # Setting a dunder through setattr keeps the generated signature visible to help() and IDEs.
     setattr(cls, "__init__", checked_init)  # noqa: B010
@@ -76,11 +77,29 @@ def _refuse_unknown_keys(cls: C) -> C:
 def checksum_of(content: Mapping[str, Any]) -> str:
     """Digest of what a configuration's file says that decides answers.
 
-    It stands in the file itself, since it is all that stock loaders read.
+    It stands in the file itself, since it is all that stock loaders read. A key that is missing
+    stands for its default, so that a release may add keys; defaults never change. Names may stand
+    in any order.
     """
-    deciding = {key: value for key, value in content.items() if key not in FREE_KEYS}
+    defaults = {f.name: default_of(f) for f in fields(MoeLoraConfig)}
+    deciding = {
+        key: sorted(value) if _is_names(value) else value
+        for key, value in content.items()
+        if key not in FREE_KEYS and key != "peft_type" and value != defaults.get(key, ...)
+    }
     text = json.dumps(deciding, sort_keys=True, default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def default_of(one: Field[Any]) -> Any:
+    """What a field holds where nothing is said; ... where that is an error."""
+    if one.default is not MISSING:
+        return one.default
+    return ... if one.default_factory is MISSING else one.default_factory()
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list | set) and all(isinstance(one, str) for one in value)
 
 
 @_refuse_unknown_keys

@@ -14,7 +14,7 @@ from peft.utils.peft_types import TaskType
 
 from .errors import ConfigError
 from .patterns import require_cheap, require_pattern, whole_name
-from .reading import read_json
+from .reading import Unreadable, parse_json, read_bytes
 from .types import GateRescale, GateRescaleScope
 from .values import MAX_EXPERTS, MAX_RANK, fits, in_words, require_plain, shown
 
@@ -192,7 +192,7 @@ def _is_from_transformers(mapping: Any) -> bool:
     return names[1] == "transformers" and all(name.isidentifier() for name in names)
 
 
-def read_allocation(path: Any) -> dict[str, Any]:
+def read_allocation(path: Any) -> Any:
     """The content of an allocation's file, which a person has named.
 
     Raises:
@@ -200,7 +200,13 @@ def read_allocation(path: Any) -> dict[str, Any]:
     """
     if not isinstance(path, str | os.PathLike):
         raise ConfigError(f"allocation_kwargs['path']={shown(path)} must be the path of a file.")
-    return read_json(Path(path), remedy="name another one by allocation_kwargs['path']")
+    try:
+        content = parse_json(read_bytes(Path(path)))
+    except Unreadable as reason:
+        raise ConfigError(
+            f"allocation_kwargs['path']={shown(str(path))} {reason}; name a JSON file of modules."
+        ) from reason
+    return content
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:

@@ -172,10 +172,12 @@ def verify_config(folder: Path) -> None:
         default = defaults.get(key, _ABSENT)
         before, now = (_comparable(side.get(key, default)) for side in (saved, found))
         if before != now and not (key not in saved and default is _ABSENT):
+            guard = "checksum" in read_adapter_config(folder)
+            also = f" and take 'checksum' out of {CONFIG_FILE}" if guard else ""
             raise AdapterError(
                 f"{folder / CONFIG_FILE} was changed after it was saved: {key} is {_brief(now)}, "
                 f"{MANIFEST_FILE} says {_brief(before)}; set it back, or, if you mean it, change "
-                f"config.{key} in {MANIFEST_FILE} too."
+                f"config.{key} in {MANIFEST_FILE} too{also}."
             )
 
 

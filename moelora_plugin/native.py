@@ -6,8 +6,6 @@ tensors are missing, with what an initialisation drew in their place, and take a
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -42,15 +40,3 @@ def refuse_incomplete(model: nn.Module, loading_info: Any) -> None:
             f"The adapter's tensor {broken} holds NaN or infinite numbers; its training diverged, "
             "or the file is damaged: load an earlier checkpoint."
         )
-
-
-def checked(load_adapter: Callable[..., Any]) -> Callable[..., Any]:
-    """Transformers' `load_adapter`, with that look at the end."""
-
-    @functools.wraps(load_adapter)
-    def load_checked_adapter(self: Any, *args: Any, **keywords: Any) -> Any:
-        loading_info = load_adapter(self, *args, **keywords)
-        refuse_incomplete(self, loading_info)
-        return loading_info
-
-    return load_checked_adapter

@@ -71,11 +71,20 @@ def register_native_loading() -> None:
     """Make transformers' own `load_adapter` fit our adapters, and refuse an incomplete one."""
     from transformers.integrations.peft import PeftAdapterMixin
 
-    from .native import checked
-
     register_block_keys()
-    if not hasattr(PeftAdapterMixin.load_adapter, "__wrapped__"):
-        setattr(PeftAdapterMixin, "load_adapter", checked(PeftAdapterMixin.load_adapter))  # noqa: B010
+    load_adapter = PeftAdapterMixin.load_adapter
+    if hasattr(load_adapter, "__wrapped__"):
+        return
+
+    @functools.wraps(load_adapter)
+    def load_checked_adapter(self: Any, *args: Any, **keywords: Any) -> Any:
+        loading_info = load_adapter(self, *args, **keywords)
+        from .native import refuse_incomplete  # when an adapter is loaded: it imports PEFT
+
+        refuse_incomplete(self, loading_info)
+        return loading_info
+
+    setattr(PeftAdapterMixin, "load_adapter", load_checked_adapter)  # noqa: B010
 
 
 def _with_block_keys(build: Callable[..., list[Any]]) -> Callable[..., list[Any]]:

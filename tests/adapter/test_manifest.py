@@ -70,9 +70,11 @@ def own(pristine: dict[str, Path], tmp_path: Path) -> Path:
 
 
 def edit(folder: Path, file: str, **changes: Any) -> None:
+    """Change values; without the configuration's own checksum, which would be the first to tell."""
     content = json.loads((folder / file).read_text())
     for key, value in changes.items():
         content[key] = value(content.get(key)) if callable(value) else value
+    content.pop("checksum", None)
     (folder / file).write_text(json.dumps(content))
 
 
@@ -217,7 +219,8 @@ def test_files_that_are_no_object_are_a_sentence(file: str, text: str, saved: Pa
     (saved / file).write_text(text)
     message = refusal(saved)
     assert message.startswith(f"{saved / file} ")
-    assert "is not valid JSON" in message or "not an object" in message
+    said = ("is not valid JSON", "not an object", "is nested too deeply")
+    assert any(part in message for part in said)
 
 
 @pytest.mark.parametrize(

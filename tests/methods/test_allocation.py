@@ -245,5 +245,8 @@ def test_a_file_that_cannot_be_read_is_an_error_when_the_config_is_made(tmp_path
     path = tmp_path / "alloc.json"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(ConfigError, match=r"allocation_kwargs\['path'\]=.*alloc\.json' is no JSON"):
+    with pytest.raises(
+        ConfigError,
+        match=r"allocation_kwargs\['path'\]=.*alloc\.json' (is not valid JSON|cannot be read)",
+    ):
         config_for(allocation="modules", allocation_kwargs={"path": str(path)})

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from native import TAKES_ADAPTERS
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_config, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import tiny_llama, tiny_tokenizer
@@ -59,13 +60,13 @@ def test_a_saved_allocation_names_no_file(file, allocation, dangerous, edited):
 @pytest.mark.parametrize(
     ("file", "reason"),
     [
-        ("fifo", "it is no regular file"),
-        ("/dev/zero", "it is no regular file"),
-        ("link.json", "it is no regular file"),
-        (".", "it is no regular file"),
-        ("large.json", "it is larger than 64 MiB"),
-        ("deep.json", "too deep in each other"),
-        ("binary.json", "invalid start byte"),
+        ("fifo", "is no regular file"),
+        ("/dev/zero", "is no regular file"),
+        ("link.json", "is no regular file"),
+        (".", "is no regular file"),
+        ("large.json", "bytes, of which at most"),
+        ("deep.json", "is nested too deeply"),
+        ("binary.json", "is not UTF-8 text"),
         ("missing.json", "No such file"),
     ],
 )
@@ -147,12 +148,14 @@ def test_an_adapter_made_of_others_loads_without_them(
         "of the machine's own": {"paths": ["/etc", "/"], "subtract": ["somebody/else"]},
         "gone": {"paths": ["nowhere/a", "nowhere/b"]},
     }[paths]
+    del content["checksum"]  # its maker's would be right
     file.write_text(json.dumps(content))
     loaded = PeftModel.from_pretrained(base(), str(folder), is_trainable=trainable).eval()
     assert torch.equal(loaded(ids).logits, expected)
-    native = base()
-    native.load_adapter(str(folder), peft_config=None, is_trainable=trainable)
-    assert torch.equal(native.eval()(ids).logits, expected)
+    if TAKES_ADAPTERS:
+        native = base()
+        native.load_adapter(str(folder), peft_config=None, is_trainable=trainable)
+        assert torch.equal(native.eval()(ids).logits, expected)
     assert opens == []
     # Saved anew, the file still says what its maker wrote.
     loaded.save_pretrained(tmp_path / "again")
@@ -189,11 +192,11 @@ def test_a_mapping_with_a_type_names_no_adapters(loras, opens):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[" * 100_000, "too deep"),
+        ("[" * 100_000, "is nested too deeply"),
         ("[1, 2]", "holds a list, not an object"),
         ("null", "holds a NoneType, not an object"),
-        ('{"peft_type": "MOELORA"', "cannot be read as a configuration"),
-        ("", "cannot be read as a configuration"),
+        ('{"peft_type": "MOELORA"', "is not valid JSON"),
+        ("", "is not valid JSON"),
     ],
 )
 def test_a_configuration_file_that_is_none(content, message, edited):
@@ -207,7 +210,7 @@ def test_a_configuration_file_is_a_file_and_of_a_size(edited):
     folder = edited()
     with (folder / "adapter_config.json").open("r+b") as file:
         file.truncate(65 * 2**20)
-    with pytest.raises(AdapterError, match="larger than 64 MiB"):
+    with pytest.raises(AdapterError, match="bytes, of which at most"):
         MoeLoraConfig.from_pretrained(str(folder))
 
 

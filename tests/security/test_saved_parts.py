@@ -319,7 +319,7 @@ def test_clusters_name_no_code(payload, tmp_path, trace):
     features = FEATURES["embedding"](model)
     fit_clusters(read_prompts(texts, tokenizer), features, 2).save(tmp_path / "clusters")
     file = tmp_path / "clusters" / "clusters.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "method": payload, "seed": CODE}))
+    file.write_text(json.dumps({**json.loads(file.read_text()), "method": payload}))
     with pytest.raises(ConfigError, match=r"There is no feature|Unknown feature"):
         ClusterAssigner.load(tmp_path / "clusters", model)
 
