@@ -23,7 +23,7 @@ from moelora_eval_tasks.catalog import TASKS
 from moelora_eval_tasks.loading import load_split
 from moelora_eval_tasks.prompts import render
 from moelora_plugin.checkpoint import load_adapter
-from moelora_plugin.errors import ConfigError, DataError, ExportError
+from moelora_plugin.errors import ConfigError, DataError, ExportError, ReachWarning
 from moelora_plugin.evaluation import evaluate_model
 from moelora_plugin.export import export_adapter
 from moelora_plugin.search.run import guilomo
@@ -172,7 +172,9 @@ def test_pictures_and_texts_in_one_mixture(make_vision_recipe: MakeRecipe) -> No
 
 def test_a_vision_model_trains_on_text_alone(make_vision_recipe: MakeRecipe) -> None:
     recipe = make_vision_recipe(data={"tasks": ["sst2"], "max_length": 20})
-    history = losses(result := train(recipe))
+    # Nothing shows the tower an image: its adapted linears are named.
+    with pytest.warns(ReachWarning, match=r"did not reach \d+ adapted linears.*vision_tower"):
+        history = losses(result := train(recipe))
     assert result.cut_rows == 8
     assert history[-1] < history[0]
 
