@@ -49,6 +49,7 @@ from .manifest import (
     read_manifest,
     verify_config,
 )
+from .marks import write_mark
 from .model import find_tuner
 from .ops.finite import first_not_finite
 from .processors import holds_processor, load_processor
@@ -133,6 +134,7 @@ def extend_manifest(folder: Path | str, entries: Mapping[str, Any]) -> None:
         AdapterError: the manifest is damaged.
     """
     write_json(Path(folder) / MANIFEST_FILE, {**read_manifest(Path(folder)), **entries})
+    write_mark(Path(folder), [MANIFEST_FILE])
 
 
 def load_adapter(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from native import natively
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from preset_cases import (
     ATTENTION,
@@ -68,6 +69,7 @@ def reported(caplog):
     logger.removeHandler(caplog.handler)
 
 
+@natively
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 def test_transformers_loads_a_preset_as_peft_does(preset, reported):
     folder, expected = saved(preset)
@@ -84,6 +86,7 @@ def test_transformers_loads_a_preset_as_peft_does(preset, reported):
 
 
 # Of every site, with frozen tensors, with a modifier's counts, with an initialisation's offset.
+@natively
 @pytest.mark.parametrize(
     "preset", ["moe_lora", "mixlora", "milora_prompt", "xlora", "flylora", "mole_wu", "goat"]
 )
@@ -104,7 +107,7 @@ def added(model: nn.Module, config: MoeLoraConfig, way: str, name: str = "defaul
 
 # PEFT says so of every second adapter that is added without a PeftModel.
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
-EACH_WAY = pytest.mark.parametrize("way", ["transformers", "peft"])
+EACH_WAY = pytest.mark.parametrize("way", [pytest.param("transformers", marks=natively), "peft"])
 
 
 @EACH_WAY
@@ -168,6 +171,7 @@ def test_two_adapters_share_what_the_model_shares(way, site):
     assert torch.equal(logits(model), logits(alone))
 
 
+@natively
 @pytest.mark.parametrize("preset", ["moe_lora", "mixlora", "milora_prompt", "xlora", "flylora"])
 def test_a_deleted_adapter_leaves_the_other(preset):
     (one, first), (two, second) = saved(preset), saved(preset, seed=6)
@@ -187,6 +191,7 @@ def test_a_deleted_adapter_leaves_the_other(preset):
     assert not any(block.moelora_router for _, block in blocks_of(model))
 
 
+@natively
 def test_statistics_ids_and_merges_go_by_the_layers():
     config = MoeLoraConfig(
         **{**SMALL, "router_input": "task", "router_score": "embedding"},

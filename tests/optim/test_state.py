@@ -84,15 +84,18 @@ def test_resuming_gives_the_same_steps_to_the_bit(name, order, bias_correction, 
         assert torch.equal(value, other), key
 
 
-def test_the_file_s_options_win_over_the_constructor_s(tmp_path):
-    """As with torch's optimizers: what was saved goes on, damping and order included."""
+def test_options_of_the_metric_are_those_of_the_file(tmp_path):
+    """torch's own, such as lr, are taken from the file; ours are never taken in silence."""
     model, optimizer = start("gradamw", order="gauss_seidel")
     run(model, optimizer, range(2))
     torch.save(optimizer.state_dict(), tmp_path / "state")
+    state = torch.load(tmp_path / "state", weights_only=True)
     _, other = start("gradamw", order="jacobi")
-    other.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
-    assert {group["order"] for group in other.param_groups} == {"gauss_seidel"}
-    assert other.param_groups[0]["ranks"] == [[1, 3, 2]]
+    with pytest.raises(ConfigError, match="order is 'jacobi' in this run"):
+        other.load_state_dict(state)
+    _, same = start("gradamw", order="gauss_seidel")
+    same.load_state_dict(state)
+    assert same.param_groups[0]["ranks"] == [[1, 3, 2]]
 
 
 def test_an_optimizer_for_other_experts_is_refused(tmp_path):

@@ -24,7 +24,7 @@ EDITS: dict[str, Any] = {
     "router_kwargs": {"renormalize": False},
     "target_modules": ["q_proj"],
     "scale": "constant",
-    "total_rank": True,
+    "universal_expert": "one",
 }
 LOADERS: dict[str, Callable[[Path], Any]] = {
     "PeftConfig": lambda folder: PeftConfig.from_pretrained(str(folder)),
