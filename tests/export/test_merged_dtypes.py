@@ -197,7 +197,9 @@ def test_a_dtype_that_is_asked_for_spares_what_is_always_wide(tmp_path: Path) ->
     wide = {key for key in after if after[key].dtype == torch.float32}
     assert wide == {key for key in before if "e_score_correction_bias" in key}
     assert all(same_bits(before[key], after[key]) for key in wide)
-    assert {after[key].dtype for key in after.keys() - wide} == {torch.float16}
+    others = {key for key in after.keys() - wide if after[key].dtype != torch.float16}
+    # transformers 5.24 holds the routers' gates wide as well: they stay what the file has.
+    assert all("mlp.gate.weight" in key and same_bits(before[key], after[key]) for key in others)
 
 
 def test_a_base_that_is_published_quantised_is_refused_at_once(

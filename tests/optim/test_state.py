@@ -10,6 +10,7 @@ from peft import get_peft_model
 from torch import nn
 
 from moelora_plugin import MoeLoraConfig, build_optimizer
+from moelora_plugin.errors import ConfigError
 from moelora_plugin.model import moelora_layers
 from moelora_plugin.optim import OPTIMIZERS
 from moelora_plugin.types import LayerPlan
