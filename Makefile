@@ -44,7 +44,7 @@ test: $(INSTALLED)  ## Run the tests (no network, no data folder)
 test-slow: $(INSTALLED)  ## Run the tests that take longer than ten seconds each
 	$(PYTEST) -m "slow and not data and not network and not hosts"
 
-# About ten minutes on two idle cores; ARCHITECTURES_ARGS="llama --task causal" tries some.
+# About ten minutes on two cores; ARCHITECTURES_ARGS="llama --task causal" tries some.
 test-architectures: $(INSTALLED)  ## Adapt every architecture of transformers, tiny; writes docs/architectures.md
 	$(BIN)/python tests/architectures/sweep.py $(ARCHITECTURES_ARGS)
 

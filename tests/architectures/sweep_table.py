@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 from adapter_check import TASKS, Outcome
 
-_TITLES = {
+TITLES = {
     "causal": "Causal language models",
     "encoder": "Encoders",
     "encoder-decoder": "Encoder-decoders",
@@ -58,9 +58,9 @@ def document(found: Mapping[tuple[str, str], Outcome]) -> str:
     for task in TASKS:
         rows = {name: outcome for (other, name), outcome in found.items() if other == task}
         numbers = [sum(o.status == status for o in rows.values()) for status in statuses]
-        counts.append(f"| {_TITLES[task]} | " + " | ".join(map(str, numbers)) + " |")
+        counts.append(f"| {TITLES[task]} | " + " | ".join(map(str, numbers)) + " |")
         lines = [
-            f"## {_TITLES[task]}",
+            f"## {TITLES[task]}",
             "",
             "| architecture | linears | outcome | |",
             "|---|---|---|---|",

@@ -141,6 +141,11 @@ MAMBA_HEADS = [
 ]
 
 
+def _sections(*sizes: int) -> Callable[[Any], None]:
+    """What splits rotary positions into time, height and width."""
+    return lambda config: config.text_config.rope_parameters.update(mrope_section=list(sizes))
+
+
 def _with(**values: Any) -> Callable[[Any], None]:
     """What sets values of a configuration."""
 
@@ -165,6 +170,10 @@ EXCEPTIONS: dict[str, Callable[[Any], None]] = {
     "deepseek_v2": _with(num_experts_per_tok=2),
     "dots1": _with(n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1),
     "esm": _with(vocab_size=VOCABULARY, pad_token_id=1, mask_token_id=32),
+    **dict.fromkeys(
+        ("qwen2_vl", "qwen2_5_vl", "glm4v", "glm46v", "glm_ocr", "glmga"), _sections(2, 1, 1)
+    ),
+    "glm4v_moe": _sections(1, 1, 0),
     "falcon_h1": _with(mamba_d_ssm=64, mamba_d_head=16),
     "granitemoehybrid": _with(layer_types=["linear_attention", "full_attention"]),
     "longcat_flash": _with(qk_head_dim=16),
