@@ -15,11 +15,12 @@ from .model import MoeLoraModel, routed_layers
 from .ops.finite import first_not_finite
 
 
-def refuse_incomplete(model: nn.Module, loading_info: Any) -> None:
-    """Look at the adapters of ours on a model that transformers has just loaded one for.
+def refuse_incomplete(model: nn.Module, adapter: str, loading_info: Any) -> None:
+    """Look at an adapter of ours that transformers has just loaded for a model.
 
     Args:
         model: with the adapter.
+        adapter: its name; what the file lacks of others is theirs.
         loading_info: what transformers says of the load.
 
     Raises:
@@ -28,13 +29,17 @@ def refuse_incomplete(model: nn.Module, loading_info: Any) -> None:
     if not routed_layers(model):
         return
     mark = f".{MoeLoraModel.prefix}"
-    missing = sorted(k for k in getattr(loading_info, "missing_keys", ()) if mark in k)
+
+    def is_own(key: str) -> bool:
+        return mark in key and f".{adapter}." in key.partition(mark)[2]
+
+    missing = sorted(key for key in getattr(loading_info, "missing_keys", ()) if is_own(key))
     if missing:
         raise AdapterError(
             f"The adapter's file lacks {len(missing)} tensors, the first being {missing[0]}, which "
             "would have random values; save or download it again."
         )
-    broken = first_not_finite({name: p for name, p in model.named_parameters() if mark in name})
+    broken = first_not_finite({name: p for name, p in model.named_parameters() if is_own(name)})
     if broken is not None:
         raise AdapterError(
             f"The adapter's tensor {broken} holds NaN or infinite numbers; its training diverged, "

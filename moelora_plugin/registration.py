@@ -6,6 +6,7 @@ Everything here is safe to call any number of times.
 from __future__ import annotations
 
 import functools
+import inspect
 import re
 import sys
 from collections.abc import Callable
@@ -81,7 +82,8 @@ def register_native_loading() -> None:
         loading_info = load_adapter(self, *args, **keywords)
         from .native import refuse_incomplete  # when an adapter is loaded: it imports PEFT
 
-        refuse_incomplete(self, loading_info)
+        given = inspect.signature(load_adapter).bind(self, *args, **keywords).arguments
+        refuse_incomplete(self, given.get("adapter_name") or "default", loading_info)
         return loading_info
 
     setattr(PeftAdapterMixin, "load_adapter", load_checked_adapter)  # noqa: B010
