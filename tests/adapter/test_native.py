@@ -116,10 +116,11 @@ def test_it_trains_as_under_a_peft_model(way, preset):
     """Every step alike, with rescaling and auxiliary losses."""
     targets = PRESETS[preset].overrides.get("target_modules", ATTENTION)
     keys = {"target_modules": targets, "lora_dropout": 0.0, **SMALLER.get(preset, {})}
+    configs = [config_of(preset, **keys) for _ in range(2)]  # may train adapters: random numbers
     torch.manual_seed(0)
-    wrapped = get_peft_model(base(), config_of(preset, **keys))
+    wrapped = get_peft_model(base(), configs[0])
     torch.manual_seed(0)
-    alone = added(base(), config_of(preset, **keys), way)
+    alone = added(base(), configs[1], way)
     found = []
     for model in (wrapped, alone):
         torch.manual_seed(1)
