@@ -125,8 +125,8 @@ class MoeLoraModel(BaseTuner):
         _refuse_sharded(model)
         if config.bias != "none" and not config.inference_mode and not _saves_biases():
             raise ConfigError(
-                f"bias={config.bias!r} trains biases of the base, which PEFT {peft.__version__} does "
-                "not save for an adapter like this; install PEFT 0.21, or set bias to 'none'."
+                f"bias={config.bias!r} trains biases of the base, which PEFT {peft.__version__} "
+                "does not save for an adapter like this; install PEFT 0.21, or set bias to 'none'."
             )
 
     def _create_and_replace(
