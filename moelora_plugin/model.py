@@ -7,7 +7,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
+import peft
 from accelerate import init_empty_weights
+from packaging.version import Version
 from peft.config import PeftConfig
 from peft.peft_model import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
@@ -121,6 +123,11 @@ class MoeLoraModel(BaseTuner):
         """Say what is wrong with the base before PEFT says less, or nothing."""
         assert isinstance(config, MoeLoraConfig)
         _refuse_sharded(model)
+        if config.bias != "none" and not config.inference_mode and not _saves_biases():
+            raise ConfigError(
+                f"bias={config.bias!r} trains biases of the base, which PEFT {peft.__version__} "
+                "does not save for an adapter like this; install PEFT 0.21, or set bias to 'none'."
+            )
 
     def _create_and_replace(
         self,
@@ -364,6 +371,11 @@ def _refuse_pattern_alone(config: MoeLoraConfig) -> None:
             f"layers_pattern={config.layers_pattern!r} says where the layers of "
             "layers_to_transform are, which is not set; set it, or leave layers_pattern out."
         )
+
+
+def _saves_biases() -> bool:
+    """Whether PEFT saves the biases of every type; before 0.21 it does for those it names."""
+    return Version(peft.__version__) >= Version("0.21.0.dev0")
 
 
 def _refuse_sharded(model: nn.Module) -> None:

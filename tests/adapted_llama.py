@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
-from tiny import tiny_llama
+from tiny import enable_checkpointing, tiny_llama
 
 from moelora_plugin import MoeLoraConfig
 from moelora_plugin.model import moelora_layers
@@ -56,7 +56,4 @@ def cache_of(output: Any) -> dict[str, Any]:
 def checkpoint_activations(model: PeftModel, reentrant: bool) -> None:
     """Recompute each decoder layer in the backward."""
     model.enable_input_require_grads()
-    base = model.get_base_model()
-    # transformers renamed it in 5.23.
-    enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
-    enable({"use_reentrant": reentrant})
+    enable_checkpointing(model.get_base_model(), reentrant)

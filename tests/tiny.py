@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 # What the byte-level BPE learns its merges from: words that the prompts use, so that answers such
 # as " positive" come out as one token, as they do with real tokenizers.
@@ -58,3 +58,9 @@ def tiny_llama(
         pad_token_id=2,
     )
     return LlamaForCausalLM(config).eval()
+
+
+def enable_checkpointing(model: PreTrainedModel, reentrant: bool = False) -> None:
+    """Recompute each layer in the backward, by the name that transformers has for it (5.23 on)."""
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": reentrant})

@@ -12,7 +12,7 @@ import pickle
 import pytest
 import torch
 from peft import get_peft_model
-from tiny import tiny_llama
+from tiny import enable_checkpointing, tiny_llama
 from transformers import Trainer, TrainingArguments
 
 from moelora_plugin import MoeLoraConfig
@@ -39,7 +39,7 @@ def by_hand(name: str, routing: Routing, real: torch.Tensor) -> torch.Tensor:
 def model_with(aux_losses, *, dropout=0.0, checkpointing=None, seed=0):
     model = tiny_llama(vocab_size=64, seed=seed).double()  # so that only a wrong formula differs
     if checkpointing is not None:
-        model.activation_checkpointing_enable({"use_reentrant": checkpointing})
+        enable_checkpointing(model, checkpointing)
         model.enable_input_require_grads()
     torch.manual_seed(seed)
     model = get_peft_model(

@@ -359,6 +359,13 @@ def test_deleting_the_active_adapter_activates_the_other():
     assert torch.equal(logits(model), logits(alone))
 
 
+def test_biases_that_peft_would_not_save_are_refused(monkeypatch):
+    monkeypatch.setattr("peft.__version__", "0.20.0")
+    with pytest.raises(ConfigError, match=r"bias='all' .* install PEFT 0\.21"):
+        get_peft_model(biased(), config_for(target_modules=["0"], bias="all"))
+    get_peft_model(biased(), config_for(target_modules=["0"]))
+
+
 def test_load_adapter_beside_another(tmp_path):
     second_alone().save_pretrained(tmp_path)
     model = adapted(seed=1)

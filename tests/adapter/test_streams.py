@@ -12,6 +12,7 @@ import pytest
 import torch
 from adapted_llama import randomize
 from peft import PeftModel, get_peft_model
+from tiny import enable_checkpointing
 from torch import nn
 from transformers import (
     BartConfig,
@@ -123,10 +124,7 @@ def test_each_layer_counts_the_tokens_that_it_sees(name: str, checkpoint: bool) 
     inputs = batch([6, 2, 3], [1, 6, 4])
     labels = inputs["decoder_input_ids"].masked_fill(inputs["decoder_attention_mask"] == 0, -100)
     if checkpoint:
-        base = model.get_base_model()
-        # transformers renamed it in 5.23.
-        enable = getattr(base, "activation_checkpointing_enable", None)
-        (enable or base.gradient_checkpointing_enable)({"use_reentrant": False})
+        enable_checkpointing(model.get_base_model())
     with routing_statistics(model.train()) as statistics:
         model(**inputs, labels=labels).loss.backward()
     expected = {"encoder": 6 + 2 + 3, "decoder": 1 + 6 + 4}

@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from tiny import enable_checkpointing
 from torch import nn
 from transformers import (
     MixtralConfig,
@@ -388,7 +389,7 @@ def test_checkpointing_grows_the_same(tmp_path):
     plain, recomputed = RankGrowth(**GROWTH), RankGrowth(**GROWTH)
     train(fused(), tmp_path / "a", plain)
     model = fused()
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    enable_checkpointing(model)
     train(model, tmp_path / "b", recomputed)
     assert recomputed.ranks() == plain.ranks()
     for name, shares in plain.frequency.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import get_peft_model
-from tiny import tiny_llama
+from tiny import enable_checkpointing, tiny_llama
 from transformers import Trainer, TrainingArguments
 
 from moelora_plugin import MoeLoraConfig
@@ -184,7 +184,7 @@ EVERYTHING = dict.fromkeys(LOSSES, 0.05)
 def model_with(aux_losses, checkpointing=None, dtype=torch.float64):
     model = tiny_llama(vocab_size=64).to(dtype)
     if checkpointing is not None:
-        model.activation_checkpointing_enable({"use_reentrant": checkpointing})
+        enable_checkpointing(model, checkpointing)
         model.enable_input_require_grads()
     torch.manual_seed(0)
     config = MoeLoraConfig(

@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from saved_loras import TARGETS, config_over, routed_over, three_loras, tokens
-from tiny import tiny_llama
+from tiny import enable_checkpointing, tiny_llama
 from torch import nn
 
 from moelora_plugin import MoeLoraConfig, build_optimizer
@@ -50,9 +50,7 @@ def gradients(model: nn.Module, *batches: torch.Tensor, **keys) -> dict[str, tor
 
 def checkpoint(model: PeftModel, use_reentrant: bool) -> None:
     """By the name that this transformers has for it."""
-    base = model.get_base_model()
-    enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
-    enable({"use_reentrant": use_reentrant})
+    enable_checkpointing(model.get_base_model(), use_reentrant)
 
 
 def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:

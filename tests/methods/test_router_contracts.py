@@ -18,7 +18,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from route_rows import make_modifiers, make_router, route_rows
-from tiny import tiny_llama
+from tiny import enable_checkpointing, tiny_llama
 from torch.utils.checkpoint import checkpoint
 
 from moelora_plugin import MoeLoraConfig
@@ -419,7 +419,7 @@ def test_an_adapter_is_saved_and_loaded_to_the_bit(case, dtype, tmp_path):
     for layer in routed_layers(model).values():
         for _, b in layer.expert_weights():
             b.normal_()
-    model.base_model.model.activation_checkpointing_enable({"use_reentrant": False})
+    enable_checkpointing(model.get_base_model())
     ids = torch.randint(0, 512, (2, 9), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[0, :4] = 0

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from accelerate.utils.fsdp_utils import fsdp2_switch_optimizer_parameters
 from peft import get_peft_model
-from tiny import tiny_llama
+from tiny import enable_checkpointing, tiny_llama
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -163,7 +163,7 @@ def ddp_of_a_language_model(checkpointing: str) -> dict[str, torch.Tensor]:
     model = get_peft_model(tiny_llama(hidden=16), config).train()
     if checkpointing != "none":
         model.enable_input_require_grads()
-        model.activation_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
+        enable_checkpointing(model.get_base_model(), checkpointing == "reentrant")
     wrapped = in_ddp(model)
     optimizer = build_optimizer(model, "gradamw", lr=1e-3, gate_lr=1e-3)
     ids = torch.randint(3, 512, (4, 8), generator=torch.Generator().manual_seed(0))
