@@ -263,6 +263,14 @@ class MoeLoraModel(BaseTuner):
                 f"The adapter's tensor {broken} holds NaN or infinite numbers; its training "
                 "diverged, or the file is damaged: load an earlier checkpoint."
             )
+        # Only counts of modifiers are whole numbers; others would be read as other values.
+        real = (k for k in state_dict if cls.prefix in k and "moelora_modifiers" not in k)
+        whole = next((key for key in real if not state_dict[key].is_floating_point()), None)
+        if whole is not None:
+            raise AdapterError(
+                f"The adapter's tensor {whole} holds whole numbers; the file is damaged: save or "
+                "download it again."
+            )
         remapped: dict[str, Any] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )

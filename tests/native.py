@@ -2,7 +2,7 @@
 
 A transformers may refuse every PEFT that there is: 5.24.0 asks for 0.22, of which no release
 exists. Nobody can then load an adapter that way, whatever its type, and tests of it are skipped
-with that reason; `make test-previous` runs them with the transformers before.
+with that reason; they run with an older transformers, down to the lowest one.
 """
 
 from __future__ import annotations

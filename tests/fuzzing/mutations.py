@@ -335,7 +335,8 @@ def _tensors(path: Path, rng: random.Random, poison: Poison) -> Mutant:
     start, end = header[name]["data_offsets"]
     op = rng.choice(_TENSORS)
     numbers = str(header[name]["dtype"]).startswith(("F", "BF"))
-    values = op in ("scale", "swap", "zero") or (op in ("nan", "inf") and not numbers)
+    # An F32 read as I32 has its size: to a loader that casts, other values.
+    values = op in ("scale", "swap", "zero", "dtype") or (op in ("nan", "inf") and not numbers)
     if op in ("nan", "inf"):
         at = start + 4 * rng.randrange(max((end - start) // 4, 1))
         body[at : at + 4] = struct.pack("<f", float(op))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from tiny import tiny_llama
 from transformers import AutoModelForCausalLM
 
@@ -101,3 +104,14 @@ def test_changes_in_memory_are_nobody_else_s(adapter: Path, tmp_path: Path) -> N
     assert MoeLoraConfig(**{**config.to_dict(), "top_k": 1}).top_k == 1
     changed.save_pretrained(str(tmp_path))
     assert MoeLoraConfig.from_pretrained(str(tmp_path)).top_k == 1
+
+
+def test_numbers_of_another_kind_are_refused(adapter: Path, tmp_path: Path) -> None:
+    """Of the same size in the file, they would be cast to other values."""
+    file_of(tmp_path).write_text(file_of(adapter).read_text())
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    name = next(key for key in tensors if "moelora_A" in key)
+    tensors[name] = tensors[name].view(torch.int32)
+    save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(AdapterError, match=rf"{re.escape(name)} holds whole numbers"):
+        PeftModel.from_pretrained(tiny_llama(), str(tmp_path))
