@@ -91,7 +91,9 @@ def _is_ours(error: BaseException) -> bool:
     A library's loader that cannot read a file raises before it asks us.
     """
     frames = traceback.extract_tb(error.__traceback__)
-    return any("moelora_plugin" in frame.filename for frame in frames)
+    # Our look at what transformers has loaded comes after it: until then the call is transformers'.
+    ours = (f for f in frames if f.name != "load_checked_adapter")
+    return any("moelora_plugin" in frame.filename for frame in ours)
 
 
 def _is_usual(warning: Any) -> bool:
