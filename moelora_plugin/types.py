@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -66,6 +65,10 @@ class LayerPlan:
         return self.alpha / (math.sqrt(self.mean_rank) if use_rslora else self.mean_rank)
 
 
+# Nobody changes it. Not a MappingProxyType, which torch 2.9 cannot trace.
+_NO_EXTRAS: Mapping[str, torch.Tensor] = {}
+
+
 class Routing:
     """A router's decision for T tokens.
 
@@ -86,7 +89,7 @@ class Routing:
         probs: torch.Tensor | Callable[[], torch.Tensor],
         weights: torch.Tensor,
         expert_ids: torch.Tensor | None = None,
-        extras: Mapping[str, torch.Tensor] = MappingProxyType({}),
+        extras: Mapping[str, torch.Tensor] = _NO_EXTRAS,
     ) -> None:
         self.logits = logits
         self._probs = probs

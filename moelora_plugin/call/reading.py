@@ -30,6 +30,8 @@ _CACHE_NAMES = (
     "state",
 )
 _TOKENS = ("input_ids", "inputs_embeds")
+# What no cache is. A tuple: torch 2.9 cannot trace a union of types.
+_PLAIN = (Tensor, bool, int, float, str, dict, tuple, list)
 _OWN_STATES = ("inputs_embeds", "hidden_states")
 
 
@@ -112,14 +114,14 @@ def cache_of_output(output: Any) -> Any:
     values: Iterable[Any] = ()
     if isinstance(output, Mapping):
         values = output.values()
-    elif isinstance(output, tuple | list):
+    elif isinstance(output, (tuple, list)):
         values = output
     return next((value for value in values if is_cache(value)), None)
 
 
 def is_cache(value: Any) -> bool:
     """Whether an object can tell of a past, as transformers' caches can."""
-    if value is None or isinstance(value, Tensor | bool | int | float | str | dict | tuple | list):
+    if value is None or isinstance(value, _PLAIN):
         return False
     return callable(getattr(value, "get_seq_length", None)) or hasattr(value, "has_previous_state")
 

@@ -81,7 +81,7 @@ class RouterModifiers(KeepsFrozen):
                 self.register_frozen(name, tensor)
 
     def __bool__(self) -> bool:
-        return bool(self.modifiers)
+        return len(self.modifiers) > 0  # torch 2.9 cannot trace bool of a tuple
 
     @property
     def mixes_rows(self) -> bool:
