@@ -105,7 +105,10 @@ REFUSED = [
     ({"moelora": ["num_experts"]}, "must map names to values"),
     ({"adapter": "lora"}, "needs adapter: moelora"),
     ({"sample_packing": True, "moelora": {"aux_losses": {"z": 0.1}}}, "sample_packing"),
-    ({"sample_packing": True, "moelora": {"preset": "goat"}}, "moelora.aux_losses (switch_lb)"),
+    (
+        {"sample_packing": True, "moelora": {"aux_losses": {"switch_lb": 0.01}}},
+        "moelora.aux_losses (switch_lb)",
+    ),
     ({"sample_packing": True, "moelora": {"router_input": "sequence"}}, "sample_packing"),
     ({"moelora": {"router_kwargs": "renormalize"}}, "router_kwargs"),
     ({"rl": "dpo", "lora_model_dir": "somewhere"}, "lora_model_dir"),
