@@ -16,7 +16,7 @@ BENCH_ARGS ?=
 FUZZ_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-architectures test-hosts test-newest test-lowest versions test-data fuzz methods-table lint format type imports check wheel bench clean
+.PHONY: help install demo test test-slow test-architectures test-hosts test-newest test-previous test-lowest versions test-data fuzz methods-table lint format type imports check wheel bench clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
@@ -57,11 +57,14 @@ test-hosts: $(INSTALLED)  ## Run the hosts' own commands, each host in its envir
 test-newest: $(INSTALLED)  ## Run the core of the tests with the newest of everything but torch
 	$(BIN)/python tests/versions/run.py newest $(PYTEST_ARGS)
 
+test-previous: $(INSTALLED)  ## Run what transformers' changes can break with the transformers before
+	$(BIN)/python tests/versions/run.py previous $(PYTEST_ARGS)
+
 test-lowest: $(INSTALLED)  ## Run the core of the tests with the lowest versions of pyproject.toml, torch as it is
 	$(BIN)/python tests/versions/run.py lowest $(PYTEST_ARGS)
 
-versions: $(INSTALLED)  ## Write the lists of versions anew that test-newest and test-lowest install
-	$(BIN)/python tests/versions/resolve.py newest lowest
+versions: $(INSTALLED)  ## Write the lists of versions anew that those three install
+	$(BIN)/python tests/versions/resolve.py newest previous lowest
 
 test-data: $(INSTALLED)  ## Run the checks on real rows (MOELORA_DATA_DIR=folder)
 	@test -n "$$MOELORA_DATA_DIR" || { \

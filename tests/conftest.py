@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+# Before any import reads it: no test needs the hub, and where none is reached each file that is
+# asked for waits through twenty seconds of retries. A test of a machine that is online unsets it.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 
 @pytest.fixture(autouse=True)
 def cache_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -6,7 +6,6 @@ import json
 import shutil
 from pathlib import Path
 
-import huggingface_hub.constants
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -23,12 +22,6 @@ from moelora_plugin.recognition import base_fingerprint
 
 IDS = torch.arange(3, 27).view(2, 12)
 WEIGHTS = "adapter_model.safetensors"
-
-
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch):
-    """The hub answers at once that it cannot be reached."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture(scope="module")

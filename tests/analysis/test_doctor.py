@@ -174,7 +174,7 @@ def test_autoload_switched_off() -> None:
     """In a process of its own: the switch is read when torch is imported."""
     completed = subprocess.run(
         [sys.executable, "-c", "from moelora_cli.main import main; main()", "doctor"],
-        env={**os.environ, "MOELORA_AUTOLOAD": "0", "COLUMNS": "160", "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "MOELORA_AUTOLOAD": "0", "COLUMNS": "160"},
         capture_output=True,
         text=True,
         timeout=120,

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import huggingface_hub
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -63,8 +62,6 @@ def work(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     monkeypatch.chdir(folder)
     monkeypatch.delenv("MOELORA_DATA_DIR", raising=False)
     monkeypatch.setenv("MOELORA_CACHE", str(tmp_path / "answers"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     return folder
 

@@ -118,7 +118,7 @@ def test_training_in_a_process_of_its_own(work: Path) -> None:
     completed = subprocess.run(
         [sys.executable, "-c", "from moelora_cli.main import main; main()", *command],
         cwd=work,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "100"},
+        env={**os.environ, "COLUMNS": "100"},
         capture_output=True,
         text=True,
         timeout=120,

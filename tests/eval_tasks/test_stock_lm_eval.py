@@ -89,7 +89,7 @@ def run(work: Path, *arguments: str, **environment: str) -> subprocess.Completed
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=work,
-        env=inherited | {"HF_HUB_OFFLINE": "1"} | environment,
+        env=inherited | environment,
         capture_output=True,
         text=True,
         timeout=300,

@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import datasets
-import huggingface_hub
 import pytest
 import yaml
 from peft import get_peft_model
@@ -55,13 +54,11 @@ def trained(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def work(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, a copy of the template; no hub can be reached."""
+    """The current folder, a copy of the template."""
     folder = tmp_path / "work"
     shutil.copytree(template, folder, ignore=shutil.ignore_patterns("base"))
     monkeypatch.chdir(folder)
     monkeypatch.delenv("MOELORA_DATA_DIR", raising=False)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     return folder
 

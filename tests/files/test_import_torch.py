@@ -68,7 +68,7 @@ def test_doctor_works_and_names_what_breaks_it(tmp_path: Path) -> None:
     site = distribution(tmp_path, "somebody-s-device", "gone_with_the_wind.backend:load")
     completed = subprocess.run(
         [sys.executable, "-c", "from moelora_cli.main import main; main()", "doctor"],
-        env={**os.environ, "PYTHONPATH": str(site), "COLUMNS": "300", "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "PYTHONPATH": str(site), "COLUMNS": "300"},
         capture_output=True,
         text=True,
         timeout=120,

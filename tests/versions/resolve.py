@@ -1,10 +1,12 @@
 """Write the sets of versions anew: `make versions`.
 
-    python tests/versions/resolve.py newest lowest
+    python tests/versions/resolve.py newest previous lowest
 
-"newest" is the newest of everything that pip finds for `pyproject.toml`; "lowest" has each package
-that it names at its lower bound, and the newest of what those need. torch is held at what
-`constraints.txt` names in both: a machine offers one build, and another is a download of gigabytes.
+"newest" is the newest of everything that pip finds for `pyproject.toml`; "previous" the same with
+the transformers before that, which still takes adapters of the newest PEFT (`tests/native.py`);
+"lowest" has each package that `pyproject.toml` names at its lower bound, and the newest of what
+those need. torch is held at what
+`constraints.txt` names in all: a machine offers one build, and another is a download of gigabytes.
 The tests' own tools are the newest.
 """
 
@@ -23,6 +25,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 EXTRAS = ("eval", "plot", "cluster", "vision", "demo")
+PREVIOUS = "transformers==5.23.0"
 TOOLS = ("hypothesis", "pytest", "pytest-xdist", "setuptools")
 
 
@@ -33,7 +36,8 @@ def resolve(name: str) -> None:
         for line in (ROOT / "constraints.txt").read_text().splitlines()
         if line.startswith("torch==")
     )
-    bounds = [torch, *(lowest_bounds() if name == "lowest" else ())]
+    held_too = {"newest": [], "previous": [PREVIOUS], "lowest": lowest_bounds()}
+    bounds = [torch, *held_too[name]]
     with tempfile.TemporaryDirectory() as folder:
         held = Path(folder) / "held.txt"
         held.write_text("\n".join(bounds) + "\n")

@@ -1,5 +1,7 @@
 """The core of the suite with another set of versions: `make test-newest`, `make test-lowest`.
 
+With "previous", `make test-previous`, only what transformers' own changes can break.
+
     python tests/versions/run.py lowest [arguments for pytest]
 
 The set is `<name>.txt` beside this file, a complete list that `resolve.py` writes, so that a run
@@ -20,24 +22,32 @@ sys.path.insert(0, str(ROOT / "tests" / "hosts"))
 
 from environments import environment, install_moelora  # noqa: E402
 
-# What reads other packages' insides: the tuner, its optimizers, training and evaluation, and of the
-# methods what depends on how transformers calls its models.
-CORE = (
-    "adapter",
-    "optim",
-    "training",
-    "evaluation",
+# What depends on how transformers calls its models and loads adapters.
+CALLED = (
+    "adapter/test_native.py",
     "methods/test_generation_modes.py",
     "methods/test_ids.py",
     "methods/test_inputs.py",
     "methods/test_layer_site.py",
     "methods/test_model_site.py",
     "methods/test_packing.py",
+    "security/test_paths.py",
+    "training/test_run_guards.py",
+)
+# What reads other packages' insides besides: the tuner, its optimizers, training and evaluation.
+CORE = (
+    *(part for part in CALLED if not part.startswith(("adapter", "training"))),
+    "adapter",
+    "optim",
+    "training",
+    "evaluation",
     "methods/test_peft_agreement.py",
 )
+PARTS = {"newest": CORE, "previous": CALLED, "lowest": CORE}
 # What the lowest versions cannot do, though the adapter works with them: the test, and whose it is.
 BEYOND = {
     "newest": {},
+    "previous": {},
     "lowest": {
         "idefics3": "transformers 5.6 reads its images with torchvision, which CPUs' builds lack",
         "smolvlm": "likewise",
@@ -62,7 +72,7 @@ def main(name: str, arguments: list[str]) -> int:
             command += ["-k", f"not ({' or '.join(BEYOND[name])})"]
         if name == "lowest":  # old packages say much about new ones
             command += ["-o", "filterwarnings=default"]
-        command += [str(ROOT / "tests" / part) for part in CORE]
+        command += [str(ROOT / "tests" / part) for part in PARTS[name]]
         environ = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
         return subprocess.run(command, cwd=ROOT, env=environ, check=False).returncode
 
