@@ -23,7 +23,7 @@ from peft import (
     PeftModel,
     get_peft_model_state_dict,
 )
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
@@ -402,11 +402,8 @@ def _refuse_other_tensors(folder: Path, model: PeftModel, stored: set[str]) -> N
             f"{folder / WEIGHTS_FILE} holds {len(unknown)} tensors that have no place in the base, "
             f"the first being {unknown[0]}; pass the base it was trained on (--base)."
         )
-    # Our own type has looked while it loaded, where PEFT has that hook; once is enough of so much.
-    has_looked = find_tuner(model) is not None and hasattr(
-        BaseTuner, "_remap_adapter_state_dict_for_load"
-    )
-    broken = None if has_looked else first_not_finite(state)
+    # Our own type has looked while it loaded; once is enough of so much.
+    broken = first_not_finite(state) if find_tuner(model) is None else None
     if broken is not None:
         raise AdapterError(
             f"{folder / WEIGHTS_FILE} holds NaN or infinite numbers in {broken}; its training "

@@ -18,7 +18,7 @@ from torch import nn
 
 from .allocation import ALLOCATIONS
 from .config import MoeLoraConfig
-from .errors import AdapterError, ConfigError
+from .errors import ConfigError
 from .frozen import freeze_again
 from .initialization import INITIALIZATIONS
 from .layers import AuxLosses, MoeLoraLinear, RoutedLayer, Shared
@@ -28,7 +28,7 @@ from .layers.mixed import mixed_batch
 from .layers.sites import SITES, Site
 from .layers.streams import assign_streams
 from .lookup import lookup, with_options
-from .ops.finite import first_not_finite
+from .ops.finite import refuse_damaged
 from .targets import choose_targets
 from .types import GateRescale, Place
 
@@ -248,33 +248,21 @@ class MoeLoraModel(BaseTuner):
         else:
             setattr(parent, child_name, new_module)
 
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Any]
-    ) -> dict[str, Any]:
-        """PEFT's own, after a look at the values: every loader's way passes here.
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Torch's own, after a look at what the adapter trained outside its layers.
+
+        The layers look at theirs (`RoutedLayer`). A state dict with the base's own weights is a
+        whole model's, whose masks may be infinite.
 
         Raises:
-            AdapterError: one is NaN or infinite.
+            AdapterError: see `refuse_damaged`.
         """
-        broken = first_not_finite(state_dict)
-        if broken is not None:
-            raise AdapterError(
-                f"The adapter's tensor {broken} holds NaN or infinite numbers; its training "
-                "diverged, or the file is damaged: load an earlier checkpoint."
-            )
-        # Only counts of modifiers are whole numbers; others would be read as other values.
-        real = (k for k in state_dict if cls.prefix in k and "moelora_modifiers" not in k)
-        whole = next((key for key in real if not state_dict[key].is_floating_point()), None)
-        if whole is not None:
-            raise AdapterError(
-                f"The adapter's tensor {whole} holds whole numbers; the file is damaged: save or "
-                "download it again."
-            )
-        remapped: dict[str, Any] = super()._remap_adapter_state_dict_for_load(
-            model, config, adapter_name, state_dict
-        )
-        return remapped
+        if not any(".base_layer." in key for key in state_dict):
+            mark = f".{self.prefix}"
+            refuse_damaged({key: value for key, value in state_dict.items() if mark not in key})
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _refuse_partial_merge(self, adapter_names: list[str] | None) -> None:
         """Ask every layer before the first is touched.

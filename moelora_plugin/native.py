@@ -12,7 +12,7 @@ from torch import nn
 
 from .errors import AdapterError
 from .model import MoeLoraModel, routed_layers
-from .ops.finite import first_not_finite
+from .ops.finite import refuse_damaged
 
 
 def refuse_incomplete(model: nn.Module, adapter: str, loading_info: Any) -> None:
@@ -39,9 +39,4 @@ def refuse_incomplete(model: nn.Module, adapter: str, loading_info: Any) -> None
             f"The adapter's file lacks {len(missing)} tensors, the first being {missing[0]}, which "
             "would have random values; save or download it again."
         )
-    broken = first_not_finite({name: p for name, p in model.named_parameters() if is_own(name)})
-    if broken is not None:
-        raise AdapterError(
-            f"The adapter's tensor {broken} holds NaN or infinite numbers; its training diverged, "
-            "or the file is damaged: load an earlier checkpoint."
-        )
+    refuse_damaged({name: p for name, p in model.named_parameters() if is_own(name)})

@@ -6,7 +6,7 @@ Shape suffixes: T tokens, E experts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -18,6 +18,7 @@ from ..errors import ConfigError
 from ..frozen import freeze_again
 from ..lookup import lookup, with_options
 from ..losses import LossInput
+from ..ops.finite import refuse_damaged
 from ..routers import ROUTERS, Router
 from ..routers.inputs import INPUTS, RouterInput
 from ..routers.modifiers import MODIFIERS, RouterModifiers
@@ -88,6 +89,18 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         self.last_real: dict[str, Tensor | None] = {}
         # Each loss of the last micro-batch before its coefficient, by adapter; for the log.
         self.last_aux_losses: dict[str, dict[str, Tensor]] = {}
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Torch's own, after a look at the values: every loader of PEFT's and Trainer's comes here.
+
+        Raises:
+            AdapterError: see `refuse_damaged`.
+        """
+        mark = f"{prefix}moelora_"
+        refuse_damaged({key: value for key, value in state_dict.items() if key.startswith(mark)})
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def view(self, call: Call, x: Tensor) -> Call:
         """What a call of the model says about the tokens of x (..., in), which this layer sees."""

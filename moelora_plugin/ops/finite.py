@@ -1,4 +1,4 @@
-"""Numbers that are none, among many that are."""
+"""Numbers that are none, among the many that are an adapter's."""
 
 from __future__ import annotations
 
@@ -6,6 +6,36 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+
+from ..errors import AdapterError
+
+
+def refuse_damaged(tensors: Mapping[str, Tensor]) -> None:
+    """Look at tensors of an adapter that are about to be its parameters.
+
+    Raises:
+        AdapterError: one is NaN or infinite, or is ours and holds whole numbers, which would be
+            read as other values; only counts of modifiers are whole.
+    """
+    whole = (
+        name
+        for name, tensor in tensors.items()
+        if not tensor.is_floating_point()
+        and ".moelora_" in name
+        and ".moelora_modifiers." not in name
+    )
+    first = next(whole, None)
+    if first is not None:
+        raise AdapterError(
+            f"The adapter's tensor {first} holds whole numbers; the file is damaged: save or "
+            "download it again."
+        )
+    broken = first_not_finite(tensors)
+    if broken is not None:
+        raise AdapterError(
+            f"The adapter's tensor {broken} holds NaN or infinite numbers; its training diverged, "
+            "or the file is damaged: load an earlier checkpoint."
+        )
 
 
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:

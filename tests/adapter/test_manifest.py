@@ -274,7 +274,7 @@ def test_numbers_that_are_none_are_named(value: float, dtype: torch.dtype, saved
     tensors[name].view(-1)[-1] = value
     rewrite(saved, tensors)
     message = refusal(saved)
-    assert name in message
+    assert name.removesuffix(".weight") in message  # behind it our own type names the adapter
     assert "NaN or infinite" in message
     if is_ours(saved):  # in every loader
         with pytest.raises(AdapterError, match="NaN or infinite"):

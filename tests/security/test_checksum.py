@@ -113,5 +113,5 @@ def test_numbers_of_another_kind_are_refused(adapter: Path, tmp_path: Path) -> N
     name = next(key for key in tensors if "moelora_A" in key)
     tensors[name] = tensors[name].view(torch.int32)
     save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(AdapterError, match=rf"{re.escape(name)} holds whole numbers"):
+    with pytest.raises(AdapterError, match=rf"{re.escape(name[:-6])}.* holds whole numbers"):
         PeftModel.from_pretrained(tiny_llama(), str(tmp_path))
