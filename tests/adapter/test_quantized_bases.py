@@ -190,10 +190,11 @@ def test_adapters_on_it_are_scored_one_after_the_other(
         overwrite=True,
     )
     first = evaluate(request)
-    if not any("bitsandbytes" in type(m).__module__ for m in quantise().modules()):
-        assert len(loads) == 1, "the base is what it was after an adapter came off"
-    else:  # which packs its weights otherwise when it first computes
-        assert len(loads) == 2
+    base = quantise()
+    before = weights_digest(base)
+    logits(base)
+    # bitsandbytes packs its weights otherwise when it first computes on a CPU with AVX512-BF16.
+    assert len(loads) == (1 if weights_digest(base) == before else 2)
     assert not any(first.details["from_cache"].values())
     assert all(evaluate(request).details["from_cache"].values())
 

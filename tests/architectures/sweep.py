@@ -39,7 +39,7 @@ def main() -> int:
     parser.add_argument("--task", help="causal, encoder, encoder-decoder, vision-text or vision")
     parser.add_argument("--json", type=Path, help="where to write the outcomes as well")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=180, help="for one architecture")
+    parser.add_argument("--seconds", type=float, default=600, help="for one architecture")
     options = parser.parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)

@@ -176,6 +176,9 @@ EXCEPTIONS: dict[str, Callable[[Any], None]] = {
     "glm4v_moe": _sections(1, 1, 0),
     "falcon_h1": _with(mamba_d_ssm=64, mamba_d_head=16),
     "granitemoehybrid": _with(layer_types=["linear_attention", "full_attention"]),
+    "llama4": lambda config: _with(
+        intermediate_size=128, projector_input_dim=32, projector_output_dim=32, vision_output_dim=32
+    )(config.vision_config),
     "longcat_flash": _with(qk_head_dim=16),
     "mamba2": _with(num_heads=4, head_dim=16),
     "musicgen": lambda config: _with(num_codebooks=1)(config.decoder),

@@ -102,7 +102,10 @@ def _pictures(model: nn.Module, names: set[str]) -> Iterator[Inputs]:
 
 def _rows(features: Any) -> int:
     """How many rows of features one image has."""
-    features = getattr(features, "pooler_output", features)
+    for name in ("pooler_output", "last_hidden_state"):
+        if getattr(features, name, None) is not None:
+            features = getattr(features, name)
+            break
     if isinstance(features, tuple | list):
         return int(features[0].shape[-2]) if features[0].ndim > 1 else len(features[0])
     return int(features.shape[-2]) if features.ndim == 3 else int(features.shape[0]) // BATCH

@@ -2,10 +2,10 @@
 
     python tests/versions/resolve.py newest previous lowest
 
-"newest" is the newest of everything that pip finds for `pyproject.toml`; "previous" the same with
-the transformers before that, which still takes adapters of the newest PEFT (`tests/native.py`);
-"lowest" has each package that `pyproject.toml` names at its lower bound, and the newest of what
-those need. torch is held at what
+"newest" is the newest of everything that pip finds for `pyproject.toml`, and of the packages that
+bases may be quantised with; "previous" the same, without those, with the transformers before that,
+which still takes adapters of the newest PEFT (`tests/native.py`); "lowest" has each package that
+`pyproject.toml` names at its lower bound, and the newest of what those need. torch is held at what
 `constraints.txt` names in all: a machine offers one build, and another is a download of gigabytes.
 The tests' own tools are the newest.
 """
@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 EXTRAS = ("eval", "plot", "cluster", "vision", "demo")
 PREVIOUS = "transformers==5.23.0"
+QUANTISERS = ("bitsandbytes", "torchao")
 TOOLS = ("hypothesis", "pytest", "pytest-xdist", "setuptools")
 
 
@@ -46,6 +47,7 @@ def resolve(name: str) -> None:
         install = [*pip, "install", "--quiet", "--disable-pip-version-check"]
         subprocess.run([*install, torch], check=True)
         wanted = [f"{ROOT}[{','.join(EXTRAS)}]", *TOOLS]
+        wanted += QUANTISERS if name == "newest" else ()
         subprocess.run([*install, "-c", str(held), *wanted], check=True)
         frozen = subprocess.run(
             [*pip, "freeze", "--all", "--exclude", "moelora", "--exclude", "pip"],
