@@ -47,7 +47,6 @@ _LISTS = (
     "modules_to_save",
     "trainable_token_indices",
 )
-# Of configurations and of allocations, which are mappings of a few thousand entries at most.
 
 
 def check_fields(config: MoeLoraConfig) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
 import tempfile
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,6 +35,15 @@ SMALLER: dict[str, dict[str, Any]] = {
     "goat": {"r": 8},  # at most the width of a module
     "hilo": {"allocation_kwargs": {"num_experts": [2, 8], "r": [2, 8]}},
 }
+
+
+_RUN = ExitStack()
+atexit.register(_RUN.close)
+
+
+def folder_of_the_run() -> Path:
+    """A folder that lives as long as the process."""
+    return Path(_RUN.enter_context(tempfile.TemporaryDirectory(prefix="moelora-tests-")))
 
 
 def base() -> nn.Module:
@@ -74,7 +84,7 @@ def adapter(seed: int, *rows: int, noise: float = 0.1) -> str:
     for name, parameter in model.named_parameters():
         if "lora_B" in name and not rows:
             nn.init.normal_(parameter, std=noise)
-    folder = tempfile.mkdtemp(prefix="moelora-adapter-")
+    folder = str(folder_of_the_run())
     model.save_pretrained(folder)
     return folder
 
@@ -89,7 +99,7 @@ def adapters(name: str) -> list[str]:
 @functools.cache
 def allocation() -> str:
     """A file that gives the modules of the tiny base two or three experts of different ranks."""
-    folder = Path(tempfile.mkdtemp(prefix="moelora-allocation-"))
+    folder = folder_of_the_run()
     names = [name for name, module in base().named_modules() if isinstance(module, nn.Linear)]
     entries = {name: {"ranks": [1, 3] if i % 2 else [2, 1, 4]} for i, name in enumerate(names)}
     (folder / "allocation.json").write_text(json.dumps(entries))

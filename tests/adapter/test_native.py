@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from preset_cases import (
     adapted,
     base,
     config_of,
+    folder_of_the_run,
     ids_of,
     randomized,
     toy_batch,
@@ -52,7 +52,7 @@ def of_the_base() -> torch.Tensor:
 @functools.cache
 def saved(preset: str, seed: int = 5) -> tuple[Path, torch.Tensor]:
     """A folder with the preset on a saved base, and what PEFT's own loader makes of it."""
-    folder = Path(tempfile.mkdtemp(prefix="moelora-native-"))
+    folder = folder_of_the_run()
     base().save_pretrained(folder / "base")
     model = randomized(adapted(preset), seed=seed)
     model.peft_config["default"].base_model_name_or_path = str(folder / "base")
