@@ -37,7 +37,7 @@ HOOKS: dict[str, str] = {
     "transformers.trainer": "registration:register_callbacks",
     "lm_eval.models": "registration:register_lm_eval_models",
     "llamafactory.hparams.parser": "integrations.llamafactory.classic:extend_arguments",
-    "llamafactory.model.adapter": "integrations.llamafactory.classic:extend_adapter",
+    "llamafactory.model.adapter": "integrations.llamafactory.classic_adapter:extend",
     "llamafactory.data.template": "integrations.llamafactory.text_template:register",
     "llamafactory.v1.plugins.model_plugins.peft": "integrations.llamafactory.v1:register_adapter",
     "llamafactory.v1.plugins.model_plugins.rendering": "integrations.llamafactory.v1:register_text",
@@ -54,6 +54,7 @@ HOOKS: dict[str, str] = {
     "axolotl.cli.merge_lora": "integrations.axolotl:register_merge",
     "swift.arguments.tuner_args": "integrations.ms_swift:register_options",
     "swift.tuner_plugin.mapping": "integrations.ms_swift:register_tuner",
+    "swift.infer_engine.transformers_engine": "integrations.ms_swift:register_engine",
     "swift.optimizers.mapping": "integrations.ms_swift:register_optimizers",
     # It makes a new list of the Trainer's default callbacks.
     "swift.trainers.patcher": "registration:register_callbacks",

@@ -60,6 +60,7 @@ from .recognition import (
     refuse_other_weights,
     warn_of_quantization,
 )
+from .stored import embedding_names
 
 __all__ = [
     "CONFIG_FILE",
@@ -352,7 +353,7 @@ def _put_on(base: PreTrainedModel, folder: Path, name: str) -> PeftModel:
     except AdapterError:
         raise
     except Exception as error:  # PEFT's types raise what they happen to run into
-        resized = any(f"{key}." in str(error) for key in _embedding_names(base))
+        resized = any(f"{key}." in str(error) for key in embedding_names(base))
         how = ", resized as it was then (resize_token_embeddings)" if resized else ""
         raise AdapterError(
             f"The adapter in {folder} does not fit the base {name!r}: {first_line(error)}; pass "
@@ -360,15 +361,6 @@ def _put_on(base: PreTrainedModel, folder: Path, name: str) -> PeftModel:
         ) from error
     _refuse_other_tensors(folder, model, set(stored))
     return model
-
-
-def _embedding_names(model: nn.Module) -> list[str]:
-    """Names of the modules that PEFT saves whole where the vocabulary was resized, or adapted."""
-    try:
-        found = {model.get_input_embeddings(), model.get_output_embeddings()}  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):  # a model without them
-        return []
-    return [name for name, module in model.named_modules() if module in found]
 
 
 def _refuse_adapted(base: nn.Module) -> None:
@@ -388,7 +380,7 @@ def _refuse_other_tensors(folder: Path, model: PeftModel, stored: set[str]) -> N
     everything = state_of(model)
     state = get_peft_model_state_dict(model, everything, save_embedding_layers=False)
     # PEFT saves embeddings whole where they were resized or are adapted, and reads them again.
-    embeddings = tuple(f"{name}." for name in _embedding_names(model))
+    embeddings = tuple(f"{name}." for name in embedding_names(model))
     inside = [key for key in everything if key.startswith(embeddings)]
     whole = {*inside, *(key.replace(f".{model.active_adapter}.", ".") for key in inside)}
     missing, unknown = sorted(set(state) - stored), sorted(stored - set(state) - whole)

@@ -122,10 +122,10 @@ class MoeLoraConfig(PeftConfig):
         lora_alpha: the update is scaled by alpha / r, or alpha / sqrt(r) with `use_rslora`; see
             `scale`.
         lora_dropout: dropout on the experts' input, in [0, 1). The router sees the input undropped.
-        target_modules: names (suffix match), one regular expression, or "all-linear"; PEFT's LoRA
-            default for the architecture where left out.
+        target_modules: names (suffix match), among which "all-linear" may be, or one regular
+            expression; PEFT's LoRA default for the architecture where left out.
         exclude_modules: names or a regular expression to leave out.
-        layers_to_transform: layer indexes to adapt; needs `target_modules` as a list.
+        layers_to_transform: layer indexes to adapt; needs `target_modules` as names.
         layers_pattern: name of the layer list where it is not a common one.
         modules_to_save: further modules to train and save whole.
         trainable_token_indices: rows of the input embedding to train, or those of embeddings by
@@ -286,12 +286,13 @@ class MoeLoraConfig(PeftConfig):
                 f"format_version={self.format_version} was written by another release of moelora; "
                 f"this one reads {FORMAT_VERSION}: install a matching release."
             )
-        if isinstance(self.target_modules, str):
+        is_word = str(self.target_modules).lower() == "all-linear"
+        if isinstance(self.target_modules, str) and not is_word:
             for key in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, key) is not None:
                     raise ConfigError(
-                        f"{key} needs target_modules as a list of names, got the string "
-                        f"{shown(self.target_modules)}."
+                        f"{key} needs target_modules as a list of names or 'all-linear', got the "
+                        f"string {shown(self.target_modules)}."
                     )
         # PEFT matches against a set; a sorted list keeps the saved file stable, and both are
         # accepted.

@@ -7,6 +7,7 @@ are ours and must be right, and how the adapter came about, which is what the ca
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -132,10 +133,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest, or an empty dict for an adapter that PEFT alone has saved.
 
     Raises:
-        AdapterError: it is not a JSON object, or an entry of ours has the wrong type.
+        AdapterError: what has its name is no JSON object, or an entry of ours has the wrong type.
     """
     path = folder / MANIFEST_FILE
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
     manifest = _read_json(path)
     for key, (is_right, expected) in _OWN.items():

@@ -21,7 +21,7 @@ from .config import MoeLoraConfig
 from .errors import ConfigError
 from .frozen import freeze_again
 from .initialization import INITIALIZATIONS
-from .layers import AuxLosses, MoeLoraLinear, RoutedLayer, Shared
+from .layers import AuxLosses, MoeLoraLinear, RoutedLayer, Shared, refuse_tied
 from .layers.block import blocks_by_adapter, blocks_of
 from .layers.first_step import FirstStep, unwatch_first_steps
 from .layers.mixed import mixed_batch
@@ -29,6 +29,7 @@ from .layers.sites import SITES, Site
 from .layers.streams import assign_streams
 from .lookup import lookup, with_options
 from .ops.finite import refuse_damaged
+from .stored import MARK, refuse_foreign, tensors_of_base
 from .targets import choose_targets
 from .types import GateRescale, Place
 
@@ -57,6 +58,8 @@ class MoeLoraModel(BaseTuner):
         self._sites: dict[str, Site] = {}
         # The modules of an adapter that is injected by the keys of a state dict.
         self._from_state_dict: set[str] | None = None
+        # Whether the next tensors to be loaded are those of an adapter's file.
+        self._awaits_file = False
         super().__init__(model, *args, **kwargs)
 
     @property
@@ -116,8 +119,11 @@ class MoeLoraModel(BaseTuner):
             adapter_name in layer.moelora_router for layer in routed_layers(model).values()
         )
         assign_streams(model, self.shared.call)
+        self._awaits_file = config.from_file
         if not config.inference_mode:
-            FirstStep(adapter_name).watch(model)
+            initialization = lookup("initializations", config.init, INITIALIZATIONS)
+            is_awaited = config.from_file and initialization.reads_data
+            FirstStep(adapter_name, config.init if is_awaited else None).watch(model)
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         """Say what is wrong with the base before PEFT says less, or nothing."""
@@ -251,17 +257,23 @@ class MoeLoraModel(BaseTuner):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Torch's own, after a look at what the adapter trained outside its layers.
+        """Torch's own, after a look at what would go elsewhere than into our layers.
 
-        The layers look at theirs (`RoutedLayer`). A state dict with the base's own weights is a
-        whole model's, whose masks may be infinite.
+        The layers look at theirs (`RoutedLayer`). A state dict with all of the base's weights is a
+        whole model's, whose masks may be infinite, and one without a tensor of ours is somebody's
+        own for the base; but a file of an adapter is neither.
 
         Raises:
-            AdapterError: see `refuse_damaged`.
+            AdapterError: see `refuse_damaged` and `refuse_foreign`.
         """
-        if not any(".base_layer." in key for key in state_dict):
-            mark = f".{self.prefix}"
-            refuse_damaged({key: value for key, value in state_dict.items() if mark not in key})
+        biases = any(self.config_of(name).bias != "none" for name in self.peft_config)
+        base = tensors_of_base(self, biases=biases)
+        others = {key: value for key, value in state_dict.items() if MARK not in key}
+        is_part = len(others) < len(state_dict) and any(f"{prefix}{n}" not in others for n in base)
+        if self._awaits_file or is_part:
+            refuse_damaged(others)
+            refuse_foreign(self, state_dict, prefix, biases=biases)
+        self._awaits_file = False
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _refuse_partial_merge(self, adapter_names: list[str] | None) -> None:
@@ -270,10 +282,13 @@ class MoeLoraModel(BaseTuner):
         Raises:
             ExportError: a layer cannot be merged.
         """
-        for layer in moelora_layers(self.model).values():
+        merging = {}
+        for name, layer in moelora_layers(self.model).items():
             for adapter in adapter_names or layer.active_adapters:
                 if adapter in layer.moelora_mixture and adapter not in layer.merged_adapters:
                     layer.refuse_merge(adapter)
+                    merging[name] = layer
+        refuse_tied(self.model, merging)
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         """PEFT's own, where `bias="all"` means all that is called bias: ours stay frozen."""

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _WIDTH = 64  # of what a router reads
+_ROUTER = ("router_input", "router_score", "router")
 _DIVISIBLE = 5040  # experts, by whatever an option divides them
 # What a part may raise on a value that it cannot use.
 _MISUSE = (
@@ -48,16 +49,18 @@ def check_parts(config: MoeLoraConfig) -> None:
     parts = {kind.key: _part(config, kind) for kind in FAMILIES.values() if kind.options}
     plans = _plans(config, parts["allocation"])
     _check_site(config, parts["site"])
-    _build(config, "router_input", parts, [()])
+    router_input = _build(config, "router_input", parts, [()])
     wide = [(_WIDTH, plan) for plan in plans]
-    _require_size("router_score_kwargs", _build(config, "router_score", parts, wide))
+    score = _build(config, "router_score", parts, wide)
+    _require_size("router_score_kwargs", score)
     router = _build(config, "router", parts, wide)
     _require_size("router_kwargs", router)
     _check_modifiers(config, router, plans)
-    _check_experts(config, parts, plans)
+    experts = _check_experts(config, parts, plans)
+    routing = _check_fit(config, (router_input, score, router), experts)
     _build(config, "init", parts, [()])
     _check_scale(config, plans)
-    _check_losses(config, plans)
+    _check_losses(config, plans, routing, experts)
 
 
 def import_parts(config: MoeLoraConfig) -> None:
@@ -100,18 +103,19 @@ def _plans(config: MoeLoraConfig, allocation: Any) -> list[LayerPlan]:
     """What a module may get: the plan where it is known, else several."""
     home = FAMILIES["allocations"].home()
     known: list[LayerPlan] = home.CHECKS[allocation](config) if allocation in home.CHECKS else []
-    if allocation is home.uniform and config.site in ("linear", "model"):
+    is_uniform = allocation is home.uniform
+    if is_uniform and config.site in ("linear", "model"):
         return known
     experts, top_k, alpha = config.num_experts, config.top_k, config.lora_alpha
     rank = 1 if config.total_rank else config.r
+    numbers = ((experts, top_k), (experts, 1), (1, 1), (_DIVISIBLE, _DIVISIBLE))
     return [
         *known,
-        LayerPlan(experts, top_k, (rank,) * experts, alpha),
-        LayerPlan(experts, top_k, (1,) * experts, alpha),
-        LayerPlan(experts, 1, (1,) * experts, alpha),
-        LayerPlan(1, 1, (rank,), alpha),
-        LayerPlan(1, 1, (1,), alpha),
-        LayerPlan(_DIVISIBLE, _DIVISIBLE, (1,) * _DIVISIBLE, alpha),
+        *(
+            LayerPlan(count, kept, (each,) * count, alpha)
+            for count, kept in numbers
+            for each in ((rank,) if is_uniform else (rank, 1))
+        ),
     ]
 
 
@@ -178,17 +182,56 @@ def _with_value(modifier: Any, value: Any) -> Callable[[LayerPlan], Any]:
 
 def _check_experts(
     config: MoeLoraConfig, parts: Mapping[str | None, Any], plans: Sequence[LayerPlan]
-) -> None:
+) -> Any:
+    """The experts; None where they need values."""
     if config.universal_expert != "none":
         plans = [plan.with_universal() for plan in plans]
     # A width that every number of experts divides.
     arguments = [(plan, 8 * plan.num_experts, 8 * plan.num_experts) for plan in plans]
     experts = _build(config, "expert", parts, arguments)
-    if experts is None:
-        return
-    shapes = experts.shapes()
-    for name in set(shapes) - {"A", "B"}:
-        _require_numbers("expert_kwargs", sum(_sizes([shapes[name]])))
+    if experts is not None:
+        shapes = experts.shapes()
+        for name in set(shapes) - {"A", "B"}:
+            _require_numbers("expert_kwargs", sum(_sizes([shapes[name]])))
+    return experts
+
+
+def _check_fit(config: MoeLoraConfig, parts: tuple[Any, Any, Any], experts: Any) -> Any:
+    """Have a router's parts take a decision: which, or None where that cannot be told here."""
+    router_input, score, router = parts
+    home = FAMILIES["routers"].home()
+    built_in = {kind.key: kind.built_in() for kind in FAMILIES.values()}
+    # Those of others may read what is not made up here.
+    are_ours = all(
+        type(part) is built_in[key].get(getattr(config, key))
+        for key, part in zip(_ROUTER, parts, strict=True)
+    )
+    beside = experts if config.site == "linear" else None
+    if not are_ours or score.plan != router.plan or (beside is None and config.site == "linear"):
+        return None
+
+    def decide() -> Any:
+        width = _WIDTH if beside is None else beside.in_features
+        tensors = {} if beside is None else _tensors(beside)
+        return home.try_routing(
+            router_input,
+            type(score)(width, score.plan, **config.router_score_kwargs),
+            type(router)(width, router.plan, **config.router_kwargs),
+            None if beside is None else beside.split(tensors),
+            tensors.get("A"),
+        )
+
+    try:
+        with torch.device("meta"), torch.no_grad():
+            return decide()
+    except ConfigError:
+        raise
+    except _MISUSE:  # not everything computes on the meta device
+        return None
+
+
+def _tensors(experts: Any) -> dict[str, torch.Tensor]:
+    return {name: torch.empty(shape) for name, shape in experts.shapes().items()}
 
 
 def _check_scale(config: MoeLoraConfig, plans: Sequence[LayerPlan]) -> None:
@@ -197,7 +240,9 @@ def _check_scale(config: MoeLoraConfig, plans: Sequence[LayerPlan]) -> None:
     _first_that_works(f"scale={config.scale!r}", scale, arguments, config.scale)
 
 
-def _check_losses(config: MoeLoraConfig, plans: Sequence[LayerPlan]) -> None:
+def _check_losses(
+    config: MoeLoraConfig, plans: Sequence[LayerPlan], routing: Any, experts: Any
+) -> None:
     kind = FAMILIES["losses"]
     for name, value in config.aux_losses.items():
         loss = _part(config, kind, name)
@@ -206,9 +251,26 @@ def _check_losses(config: MoeLoraConfig, plans: Sequence[LayerPlan]) -> None:
         where = f"aux_losses[{name!r}]"
         check_options(where, loss, options)
         if loss is kind.built_in().get(name):  # others may read what is not made up here
-            call = kind.home().on_nothing(loss, options)
-            experts = [(plan.num_experts,) for plan in plans]
-            _first_that_works(f"{where}={shown(value)}", call, experts, name)
+            given_ = _loss_input(kind.home(), config, routing, experts)
+            call = kind.home().on_nothing(loss, options, given_)
+            numbers = [(plan.num_experts,) for plan in plans]
+            _first_that_works(f"{where}={shown(value)}", call, numbers, name)
+
+
+def _loss_input(home: Any, config: MoeLoraConfig, routing: Any, experts: Any) -> Any:
+    """What a layer gives its losses; None where that cannot be told here."""
+    if routing is None or experts is None:
+        return None
+    if config.site != "linear":  # the experts are elsewhere
+        return home.LossInput(routing)
+    with torch.device("meta"):
+        tensors = _tensors(experts)
+        x_TI = torch.empty(4, experts.in_features)
+    return home.LossInput(
+        routing,
+        experts=lambda: experts.split(tensors),
+        outputs=lambda at_M: experts.outputs(tensors, x_TI[at_M], 1.0),
+    )
 
 
 def _require_size(key: str, module: torch.nn.Module | None) -> None:

@@ -69,7 +69,7 @@ def register_block_keys() -> None:
 
 
 def register_native_loading() -> None:
-    """Make transformers' own `load_adapter` fit our adapters, and refuse an incomplete one."""
+    """Make transformers' own `load_adapter` fit our adapters, and refuse damaged ones."""
     from transformers.integrations.peft import PeftAdapterMixin
 
     register_block_keys()
@@ -79,11 +79,12 @@ def register_native_loading() -> None:
 
     @functools.wraps(load_adapter)
     def load_checked_adapter(self: Any, *args: Any, **keywords: Any) -> Any:
-        loading_info = load_adapter(self, *args, **keywords)
-        from .native import refuse_incomplete  # when an adapter is loaded: it imports PEFT
+        from .native import refuse_damaged_load, tensors_before  # when one is loaded: imports PEFT
 
+        before = tensors_before(self)
+        loading_info = load_adapter(self, *args, **keywords)
         given = inspect.signature(load_adapter).bind(self, *args, **keywords).arguments
-        refuse_incomplete(self, given.get("adapter_name") or "default", loading_info)
+        refuse_damaged_load(self, given.get("adapter_name") or "default", loading_info, before)
         return loading_info
 
     setattr(PeftAdapterMixin, "load_adapter", load_checked_adapter)  # noqa: B010

@@ -17,15 +17,17 @@ from typing import Any
 import torch
 from peft.peft_model import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .config import PEFT_TYPE, MoeLoraConfig
-from .errors import AdapterError, ConfigError
+from .errors import AdapterError, ConfigError, first_line
 from .model import routed_layers
+from .reading import read_json
 
 logger = logging.getLogger(__name__)
 
+_ANEW = "start anew without resuming"
 # What may differ between a run and the checkpoint that it goes on from: folders move, and the rest
 # says nothing about the forward or the gradient.
 _MAY_DIFFER = {
@@ -220,7 +222,7 @@ def refuse_other_run(model: nn.Module, folder: Path, *, optimizer_is_built: bool
         if not places:  # an engine's own shards; nothing says how the adapter was made
             continue
         config: MoeLoraConfig = _peft_configs(model)[adapter]
-        saved = json.loads((places[0] / CONFIG_NAME).read_text(encoding="utf-8"))
+        saved = read_json(places[0] / CONFIG_NAME, remedy=_ANEW)
         refuse_other_config(config, saved, folder, optimizer_is_built=optimizer_is_built)
         file = places[0] / SAFETENSORS_WEIGHTS_NAME
         stored = _shapes(file) if file.is_file() else wanted
@@ -256,7 +258,7 @@ def refuse_other_config(
     if saved.get("peft_type") != PEFT_TYPE:
         raise ConfigError(
             f"The checkpoint in {folder} holds an adapter of type {saved.get('peft_type')} and "
-            f"this run trains one of type {PEFT_TYPE}; start anew without resuming."
+            f"this run trains one of type {PEFT_TYPE}; {_ANEW}."
         )
     defaults = MoeLoraConfig().to_dict()
     ours: dict[str, Any] = json.loads(json.dumps(config.to_dict(), default=list))
@@ -344,9 +346,12 @@ def _adapters_that_train(model: nn.Module) -> Iterable[tuple[str, dict[str, Tens
 
 
 def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    with safe_open(file, framework="pt") as content:
-        names = list(content.keys())
-        return {name: tuple(content.get_slice(name).get_shape()) for name in names}
+    try:
+        with safe_open(file, framework="pt") as content:
+            names = list(content.keys())
+            return {name: tuple(content.get_slice(name).get_shape()) for name in names}
+    except SafetensorError as error:
+        raise AdapterError(f"{file} is truncated or damaged ({first_line(error)}).") from error
 
 
 def _listed(names: list[str]) -> str:

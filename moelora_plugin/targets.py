@@ -9,10 +9,8 @@ that cannot take an adapter before the first is put on.
 from __future__ import annotations
 
 import copy
-import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from peft.tuners.tuners_utils import (
@@ -21,45 +19,14 @@ from peft.tuners.tuners_utils import (
     check_target_module_exists,
 )
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.pytorch_utils import Conv1D
 
 from .config import MoeLoraConfig
 from .errors import ConfigError, ReachWarning
-from .layers.linear_maps import features, maps_rows, weights_read
+from .fused_experts import FusedExperts, fused_experts
+from .layers.linear_maps import features, is_packed_linear, maps_rows, weights_read
 
 ALL_LINEAR = "all-linear"
-# Names of checkpoints for halves of a parameter that transformers itself never splits.
-_HALVES = {"gate_up_proj": ("gate_proj", "up_proj")}
-
-
-@dataclass(frozen=True)
-class FusedExperts:
-    """A base's experts that are parameters of one module, which no adapter of ours reaches.
-
-    Attributes:
-        module: the module's name.
-        parameters: by name, the per-expert names that checkpoints have for what it holds.
-    """
-
-    module: str
-    parameters: Mapping[str, tuple[str, ...]]
-
-    def full_names(self) -> Iterator[str]:
-        """Every full name under which somebody may ask for them."""
-        for parameter, names in self.parameters.items():
-            yield f"{self.module}.{parameter}"
-            for name in names:
-                yield f"{self.module}.{name}"
-                yield f"{self.module}.0.{name}"
-
-    def shown(self) -> str:
-        """Their names for a message."""
-        return ", ".join(
-            f"{parameter} ({', '.join(names)})" if set(names) - {parameter} else parameter
-            for parameter, names in self.parameters.items()
-        )
 
 
 class Base:
@@ -126,9 +93,10 @@ def choose_targets(
 ) -> None:
     """Settle `config.target_modules` for a base, before the first module is adapted.
 
-    "all-linear" becomes the full names of what can be adapted, and one warning says what it leaves
-    out. So it is where a default list, PEFT's or a preset's, names what is not there. Names that
-    somebody gave must all be found, and be of modules that can learn.
+    "all-linear", alone or in a list beside names, becomes the full names of what can be adapted,
+    and one warning says what it leaves out. So it is where a default list, PEFT's, a preset's or a
+    host's, names what is not there or cannot learn. Names that somebody gave must all be found, and
+    be of modules that can learn.
 
     Args:
         model: the base.
@@ -153,9 +121,29 @@ def choose_targets(
         config.target_modules = found if isinstance(found, str) else sorted(found)
         is_default = True
     targets = config.target_modules
-    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
-        _expand(base, config, quiet=is_saved)
+    if not asks_for_all_linear(targets):
+        _take_named(base, config, is_default, is_saved)
         return
+    named = [] if isinstance(targets, str) else sorted({*targets} - {ALL_LINEAR})
+    if named:
+        config.target_modules = named
+        _take_named(base, config, is_default, is_saved)
+        named = list(config.target_modules)
+    config.target_modules = ALL_LINEAR
+    _expand(base, config, quiet=is_saved)
+    config.target_modules = sorted({*config.target_modules, *named})
+
+
+def asks_for_all_linear(targets: Iterable[str] | str | None) -> bool:
+    """Whether target modules are "all-linear", or a list with it among its names."""
+    if isinstance(targets, str):
+        return targets.lower() == ALL_LINEAR
+    return ALL_LINEAR in (targets or ())
+
+
+def _take_named(base: Base, config: MoeLoraConfig, is_default: bool, is_saved: bool) -> None:
+    """Judge names or an expression, and leave out what no name stands for alone."""
+    targets = config.target_modules
     chosen = [key for key in base.modules if check_target_module_exists(config, key)]
     if not chosen:
         raise ConfigError(_nothing_chosen(base, config))
@@ -167,15 +155,20 @@ def choose_targets(
     for note in notes:
         text = f"The default target_modules={_shown(targets)} {note}"
         warnings.warn(text, ReachWarning, stacklevel=2)
-    _check_layers(base, config)
-    _leave_out_the_dead(base, config, chosen)
+    _check_layers(base, config, targets)
+    _leave_out_the_dead(base, config, chosen, is_default)
 
 
-def _leave_out_the_dead(base: Base, config: MoeLoraConfig, chosen: list[str]) -> None:
-    """Refuse a name that finds nothing but modules which cannot learn; else pass over those."""
+def _leave_out_the_dead(
+    base: Base, config: MoeLoraConfig, chosen: list[str], is_default: bool
+) -> None:
+    """Refuse a name that finds nothing but modules which cannot learn; else pass over those.
+
+    By default names, of which nobody has asked for each, all together must find one that can.
+    """
     obstacles = {key: why for key in chosen if (why := base.obstacle(key)) is not None}
     targets = config.target_modules
-    names = [None] if isinstance(targets, str) else sorted(targets or ())
+    names = [None] if isinstance(targets, str) or is_default else sorted(targets or ())
     for name in names:
         found = [key for key in chosen if name is None or _ends(name)(key)]
         if found and all(key in obstacles for key in found):
@@ -205,14 +198,21 @@ def _by_obstacle(obstacles: Mapping[str, str]) -> str:
 def _expand(base: Base, config: MoeLoraConfig, quiet: bool) -> None:
     """Put the full names of all linears that can be adapted in the place of "all-linear"."""
     _maybe_include_all_linear_layers(config, base.model)
-    linears = sorted(config.target_modules or ())
-    wanted = [key for key in linears if check_target_module_exists(config, key)]
+    packed = (key for key, module in base.modules.items() if is_packed_linear(_inner(module)))
+    linears = {*(config.target_modules or ()), *packed}
+    # By last names: PEFT does not ask in which layer a module is that is named in full.
+    by_name = copy.copy(config)
+    by_name.target_modules = sorted({_last(key) for key in linears})
+    wanted = [key for key in sorted(linears) if check_target_module_exists(by_name, key)]
+    if config.layers_to_transform is not None:
+        wanted = [key for key in wanted if "." in key]  # PEFT takes the others for full names
     obstacles = {key: why for key in wanted if (why := base.obstacle(key)) is not None}
-    kept = [key for key in linears if key not in obstacles]
     if len(obstacles) == len(wanted):
         config.target_modules = ALL_LINEAR
         raise ConfigError(_nothing_chosen(base, config))
-    config.target_modules = kept
+    if not quiet:
+        _check_layers(base, by_name, ALL_LINEAR)
+    config.target_modules = [key for key in wanted if key not in obstacles]
     parts = [_by_obstacle(obstacles)] if obstacles else []
     experts = [e for e in base.experts if not _is_excluded(config, e)]
     if experts:
@@ -287,7 +287,7 @@ def _nothing_chosen(base: Base, config: MoeLoraConfig) -> str:
     return f"{shown} matches modules that {' and '.join(given)} leave out, and no others."
 
 
-def _check_layers(base: Base, config: MoeLoraConfig) -> None:
+def _check_layers(base: Base, config: MoeLoraConfig, shown: Iterable[str] | str | None) -> None:
     """Each index of layers_to_transform has something to adapt."""
     indexes = config.layers_to_transform
     if indexes is None:
@@ -298,50 +298,8 @@ def _check_layers(base: Base, config: MoeLoraConfig) -> None:
         if not any(check_target_module_exists(one, key) for key in base.modules):
             raise ConfigError(
                 f"layers_to_transform={indexes!r} names layer {index}, in which "
-                f"target_modules={_shown(config.target_modules)} matches nothing; layers are "
-                "counted from 0."
+                f"target_modules={_shown(shown)} matches nothing; layers are counted from 0."
             )
-
-
-def fused_experts(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[FusedExperts]:
-    """The modules whose parameters are the matrices of several experts each.
-
-    Known by what they are called in every architecture: the module or its class is one of experts.
-    What checkpoints call the parts comes from transformers' own table for loading them.
-    """
-    halves: dict[str, tuple[str, ...]] = dict(_HALVES)
-    if isinstance(model, PreTrainedModel):
-        halves.update(_per_expert_names(model))
-    found = []
-    for name, module in modules.items():
-        kind = type(module).__name__
-        if isinstance(module, nn.Linear | Conv1D | BaseTunerLayer):
-            continue
-        if "expert" not in f"{name.rpartition('.')[2]} {kind}".lower():
-            continue
-        parameters = {
-            parameter: halves.get(parameter, ())
-            for parameter, value in module.named_parameters(recurse=False)
-            if value.ndim > 1 and not parameter.endswith("bias")
-        }
-        if parameters:
-            found.append(FusedExperts(name, parameters))
-    return found
-
-
-def _per_expert_names(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
-    """By a fused parameter's name, what checkpoints call its parts of one expert."""
-    found: dict[str, tuple[str, ...]] = {}
-    for conversion in get_model_conversion_mapping(model):
-        sources = [str(source) for source in conversion.source_patterns]
-        if len(conversion.target_patterns) != 1 or not any("expert" in s for s in sources):
-            continue
-        if not hasattr(conversion, "operations"):  # renamed, not merged
-            continue
-        names = (_last(re.sub(r"\.weight\$?$", "", source)) for source in sources)
-        words = tuple(dict.fromkeys(name for name in names if name.isidentifier()))
-        found[_last(str(conversion.target_patterns[0]))] = words
-    return found
 
 
 def _outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..per_thread import PerThread
 from .generation import Generation
 from .reading import (
     as_ids,
@@ -80,6 +81,8 @@ class CallContext:
     half of a contrastive loss). So the outputs of a call that has a graph carry a hook that says,
     when the backward comes by, whose layers will be recomputed next.
 
+    Threads that call the model at once each have calls of their own.
+
     Attributes:
         ids: ids for calls that do not bring their own, by name; see `routing_ids`.
         before_call: run before each training call, with the call: for state that must not change
@@ -89,26 +92,39 @@ class CallContext:
     def __init__(self) -> None:
         self.ids: dict[str, Tensor] = {}
         self.before_call: list[Callable[[Call], None]] = []
-        self.generations: list[Generation] = []
         self._watched: dict[str | None, Part] = {}
         self._has_memories = False
         self._forget()
 
     def _forget(self) -> None:
-        # Calls that are going on, the innermost last.
-        self._calls: list[Call] = []
-        # Who began each of them: a part's name, or None for the model.
-        self._begun_by: list[str | None] = []
+        self._ongoing: PerThread[list[Call]] = PerThread(list)
+        self._began: PerThread[list[str | None]] = PerThread(list)
+        self._generations: PerThread[list[Generation]] = PerThread(list)
         # The call whose backward is running, or the last one with a graph.
         self._differentiated = Call()
         # What was kept from the call that began a cache.
         self._kept: WeakKeyDictionary[Any, Kept] = WeakKeyDictionary()
 
     @property
+    def _calls(self) -> list[Call]:
+        """The calls that are going on, the innermost last."""
+        return self._ongoing.get()
+
+    @property
+    def _begun_by(self) -> list[str | None]:
+        """Who began each of them: a part's name, or None for the model."""
+        return self._began.get()
+
+    @property
+    def generations(self) -> list[Generation]:
+        """The generations that are going on, the innermost last."""
+        return self._generations.get()
+
+    @property
     def call(self) -> Call:
         """The call that is going on, or the one that is being recomputed."""
-        if self._calls:
-            return self._calls[-1]
+        if calls := self._calls:
+            return calls[-1]
         if torch._C._current_graph_task_id() != -1:  # inside a backward
             return self._differentiated
         # A layer is called, or merged, by itself.
@@ -258,7 +274,7 @@ class CallContext:
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, generations=[])
+        self.__dict__.update(state)
         self._forget()
 
 

@@ -67,7 +67,7 @@ def read_call(
     arguments = named_arguments(module, args, kwargs)
     shape, cache = _shape(arguments), cache_among(arguments)
     past, has_past = _past(cache)
-    real_BS = _real(arguments, shape, past, cache is not None)
+    real_BS = _real(arguments, shape, past)
     # Without tokens of its own a call's states are its own (features, pixels).
     others = [] if shape is None else memories(arguments)
     if shape is None and real_BS is not None:
@@ -164,7 +164,6 @@ def _real(
     arguments: Mapping[str, Any],
     shape: tuple[int, int] | None,
     past: int | Tensor | None,
-    cached: bool,
 ) -> Tensor | None:
     mask = arguments.get("attention_mask")
     if isinstance(mask, dict):  # one per kind of attention layer
@@ -175,12 +174,14 @@ def _real(
         length = mask.shape[1] if shape is None else shape[1]
         start = mask.shape[1] - length
         return None if start < 0 else mask[:, start:].bool()
-    if mask.ndim == 4 and shape is not None and past is not None and cached:
-        # For a cache that can be compiled, `generate` makes the finished mask (B, 1, S, all). A
-        # position is real where it may attend to itself.
+    if mask.ndim == 4 and shape is not None and past is not None and mask.shape[2] in (1, shape[1]):
+        # A finished mask (B, 1, S, all), as `generate` makes it for a cache that can be compiled,
+        # or (B, 1, 1, all), the same for every position. A real one may attend to itself.
         positions_S = torch.arange(shape[1], device=mask.device)
-        own_BS = mask[:, 0, positions_S, positions_S + past]
-        return own_BS == 0 if own_BS.is_floating_point() else own_BS.bool()
+        rows_S = positions_S if mask.shape[2] != 1 else torch.zeros_like(positions_S)
+        own_BS = mask[:, 0, rows_S, positions_S + past]
+        own_BS = own_BS >= 0 if own_BS.is_floating_point() else own_BS.bool()
+        return own_BS.expand(shape)
     return None
 
 

@@ -14,7 +14,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
@@ -23,11 +23,26 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import ConfigError
 from ..files import cache_folder, sha256_of, write_text
+from ..reading import read_json
+from ..schema import from_mapping
 from .harness import Predictions
+from .report import EVALUATION_BYTES
 
 _PACKAGES = ("torch", "transformers", "peft", "lm_eval", "tokenizers", "accelerate")
 _SOURCES = ("moelora_plugin", "moelora_eval_tasks")
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A file's content: what `Predictions` has."""
+
+    label: list[float]
+    pred: list[float]
+    answers: list[str]
+    prompts_sha256: str
+    expert_use: dict[str, dict[str, Any]]
 
 
 class PredictionCache:
@@ -41,14 +56,14 @@ class PredictionCache:
     def read(self, task: Mapping[str, Any]) -> Predictions | None:
         """The answers to a task, or None where there are none or they cannot be read."""
         try:
-            content = json.loads(self._file(task).read_text(encoding="utf-8"))
-            label, pred = (np.asarray(content.pop(key), np.float64) for key in ("label", "pred"))
-            answers = tuple(content.pop("answers"))
-            if not len(label) == len(pred) == len(answers):
-                return None
-            return Predictions(label, pred, answers, **content)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            content = read_json(self._file(task), remedy="", most=EVALUATION_BYTES)
+            kept = from_mapping(_Kept, content)
+        except ConfigError:
             return None
+        if not len(kept.label) == len(kept.pred) == len(kept.answers):
+            return None
+        label, pred = (np.asarray(values, np.float64) for values in (kept.label, kept.pred))
+        return Predictions(label, pred, tuple(kept.answers), kept.prompts_sha256, kept.expert_use)
 
     def write(self, task: Mapping[str, Any], predictions: Predictions) -> bool:
         """Keep the answers to a task; False where the folder cannot be written to."""

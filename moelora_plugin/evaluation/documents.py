@@ -25,11 +25,15 @@ from moelora_eval_tasks.images import decode
 
 from ..errors import ConfigError, first_line
 from ..files import sha256_of
+from ..reading import Unreadable
 
 if TYPE_CHECKING:
     from .harness import Predictions
 
 THUMBNAIL = 256  # pixels
+DOCUMENT_BYTES = 2**31  # of all texts and images: a hundred thousand rows with a thumbnail each
+OPTIONS = 100  # of a row; tasks have ten at most
+_AT_ONCE = 1024  # rows
 _QUALITY = 75
 _NEVER_NULL = {
     "task": str,
@@ -125,30 +129,73 @@ def read_documents(
         ConfigError: the file is not the one that the run wrote.
     """
     import pyarrow as pa
+
+    found: dict[str, list[Document]] = {task: [] for task in rows}
+    try:
+        if not path.is_file() or sha256_of(path) != sha256:
+            raise Unreadable("it has another digest")
+        for document in _documents_in(path, sum(rows.values()), models):
+            if not all(isinstance(document[key], kind) for key, kind in _NEVER_NULL.items()):
+                raise Unreadable("a value is missing")
+            found.setdefault(document["task"], []).append(document)
+        if {task: len(of_task) for task, of_task in found.items()} != dict(rows):
+            raise Unreadable("it has other rows")
+    except (Unreadable, pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{path} is not the file that was written with its moelora_eval.json ("
+            f"{first_line(error)}); remove it to go without documents, or run `moelora eval` "
+            "again."
+        ) from error
+    return found
+
+
+def _documents_in(path: Path, rows: int, models: Sequence[str]) -> Iterator[Document]:
+    """The documents of a file, whose size is known before they are made.
+
+    A parquet file of some kilobytes can hold a text of a gigabyte once and name it in every row, so
+    texts stay by number (`read_dictionary`) until they are counted.
+
+    Raises:
+        Unreadable: it has other columns, another number of rows, or is too large.
+    """
     import pyarrow.parquet as pq
 
-    def refuse(reason: str) -> ConfigError:
-        return ConfigError(
-            f"{path} is not the file that was written with its moelora_eval.json{reason}; remove "
-            "it to go without documents, or run `moelora eval` again."
-        )
+    if not has_columns_of_ours(pq.read_schema(path), models):
+        raise Unreadable("it has other columns")
+    metadata = pq.read_metadata(path)
+    if metadata.num_rows != rows:
+        raise Unreadable("it has other rows")
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
+    values = max((chunk.num_values for chunk in chunks), default=0)
+    room = DOCUMENT_BYTES - sum(chunk.total_uncompressed_size for chunk in chunks)
+    if values > OPTIONS * rows or room < 0:
+        raise Unreadable(_too_large())
+    texts = {c.path_in_schema for c in chunks if c.physical_type == "BYTE_ARRAY"}
+    with pq.ParquetFile(path, read_dictionary=sorted(texts)) as file:
+        for batch in file.iter_batches(batch_size=_AT_ONCE):
+            room -= sum(map(_bytes_of, batch.columns))
+            if room < 0:
+                raise Unreadable(_too_large())
+            yield from batch.to_pylist()
 
-    if not path.is_file() or sha256_of(path) != sha256:
-        raise refuse("")
-    try:
-        table = pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
-        raise refuse(f" ({first_line(error)})") from error
-    if not has_columns_of_ours(table.schema, models):
-        raise refuse(" (it has other columns)")
-    found: dict[str, list[Document]] = {task: [] for task in rows}
-    for document in table.to_pylist():
-        if not all(isinstance(document[key], kind) for key, kind in _NEVER_NULL.items()):
-            raise refuse(" (a value is missing)")
-        found.setdefault(document["task"], []).append(document)
-    if {task: len(of_task) for task, of_task in found.items()} != dict(rows):
-        raise refuse(" (it has other rows)")
-    return found
+
+def _bytes_of(array: Any) -> int:
+    """How many bytes the texts of an array have, each as often as it is named."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if pa.types.is_dictionary(array.type):
+        lengths = pc.binary_length(array.dictionary).take(array.indices)
+        return int(pc.sum(lengths.cast(pa.int64())).as_py() or 0)
+    if pa.types.is_struct(array.type) or pa.types.is_list(array.type):
+        parts = array.flatten()
+        return sum(map(_bytes_of, parts if isinstance(parts, list) else [parts]))
+    return int(array.nbytes)
+
+
+def _too_large() -> str:
+    return f"it has more than {DOCUMENT_BYTES:,} bytes, or more than {OPTIONS} options a row"
 
 
 def has_columns_of_ours(schema: Any, models: Sequence[str] | None = None) -> bool:

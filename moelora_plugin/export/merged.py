@@ -21,7 +21,7 @@ from moelora_eval_tasks.prompts import render
 
 from ..analysis import RoutingStatistics, routing_statistics
 from ..errors import ConfigError, ExportError
-from ..layers import MoeLoraLinear, RoutedLayer
+from ..layers import MoeLoraLinear, RoutedLayer, refuse_tied
 from ..model import moelora_layers, routed_layers
 
 STRATEGIES = ("exact", "mean-gate")
@@ -119,8 +119,10 @@ def _refuse_unfoldable(model: PeftModel) -> None:
         experts = layer.experts_decided_about("default")
         return torch.full((experts,), 1 / experts)
 
-    for layer in moelora_layers(model).values():
+    layers = moelora_layers(model)
+    for layer in layers.values():
         layer.refuse_merge("default", layer.mean_weights(uniform))
+    refuse_tied(model, layers)
 
 
 def _mean_gates(model: PeftModel, statistics: RoutingStatistics) -> dict[str, Tensor]:

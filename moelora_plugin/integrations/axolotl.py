@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
-from axolotl.loaders.adapter import find_all_linear_names
 from peft import PeftModel, get_peft_model
 from pydantic import BaseModel, create_model, model_validator
 from transformers import set_seed
@@ -27,6 +26,7 @@ from ..errors import ConfigError, ExportError
 from ..hf_trainer import optimizer_arguments
 from ..lookup import unknown_name_message
 from ..optim import OPTIMIZERS
+from ..targets import ALL_LINEAR
 from .options import (
     adapter_config,
     option_types,
@@ -34,6 +34,7 @@ from .options import (
     preset_fields,
     refuse_disagreement,
     refuse_unknown_keys,
+    verify_adapter,
 )
 
 ADAPTER = "moelora"
@@ -90,6 +91,9 @@ _REFUSED_WITH_ADAPTER = {
     "reward_model": _REWARD,
     "process_reward_model": _REWARD,
 }
+
+# Modifiers that count how many tokens each expert gets.
+_COUNTING = ("balance_bias",)
 
 _RATES = "the optimizer takes the model's own groups"
 
@@ -151,7 +155,7 @@ class MoeLoraArgs(BaseModel):
         if config.adapter == ADAPTER:
             adapter = _adapter_config(config)
             if config.sample_packing:
-                _refuse_packing(adapter)
+                _refuse_packing(config, adapter)
         return self
 
 
@@ -192,11 +196,11 @@ class MoeLoraPlugin(BasePlugin):  # type: ignore[misc]
         Raises:
             ConfigError: the config cannot be carried out on this model, or `lora_model_dir` holds
                 another adapter than it asks for.
-            AdapterError: `lora_model_dir` holds no adapter.
+            AdapterError: `lora_model_dir` holds no adapter, or one that was changed since.
         """
         if cfg.adapter != ADAPTER:
             return None
-        config = _adapter_config(cfg, model)
+        config = _adapter_config(cfg)
         if cfg.seed is not None:  # axolotl seeds its trainer, which comes after the experts
             set_seed(cfg.seed)
         if config_only:
@@ -248,16 +252,9 @@ def _no_shard_merge(folder: Any) -> ExportError:
     )
 
 
-def _adapter_config(cfg: Any, model: Any = None) -> MoeLoraConfig:
-    """What the file asks for; with a model, its linear modules by name."""
-    words = _words(cfg)
-    if cfg.lora_target_linear:
-        words["target_modules"] = "all-linear"
-        if model is not None:
-            listed = cfg.lora_target_modules or []
-            listed = [listed] if isinstance(listed, str) else listed
-            words["target_modules"] = sorted({*listed, *find_all_linear_names(model)})
-    options = _options(cfg)
+def _adapter_config(cfg: Any) -> MoeLoraConfig:
+    """What the file asks for."""
+    words, options = _words(cfg), _options(cfg)
     for field in options.keys() & words.keys():
         if options[field] != words[field]:
             theirs = _OWN_WORDS[field]
@@ -271,8 +268,16 @@ def _adapter_config(cfg: Any, model: Any = None) -> MoeLoraConfig:
 
 
 def _words(cfg: Any) -> dict[str, Any]:
-    """What is set in axolotl's own words."""
+    """What is set in axolotl's own words.
+
+    `lora_target_linear` stays a word: axolotl would make names of it, of which some are no names of
+    linears alone and some are of linears that cannot learn.
+    """
     words = {ours: getattr(cfg, theirs, None) for theirs, ours in _HOST_WORDS.items()}
+    if getattr(cfg, "lora_target_linear", None):
+        listed = words["target_modules"] or []
+        listed = [listed] if isinstance(listed, str) else listed
+        words["target_modules"] = [ALL_LINEAR, *listed] if listed else ALL_LINEAR
     return {key: value for key, value in words.items() if value not in (None, [])}
 
 
@@ -306,6 +311,7 @@ def _refuse_other_adapter(cfg: Any) -> None:
             f"lora_model_dir={folder!r} holds a {saved.get('peft_type')} adapter, not a mixture of "
             "experts; set adapter to its own kind."
         )
+    verify_adapter(resolve_adapter(folder))
     refuse_disagreement(
         _options(cfg),
         _words(cfg),
@@ -335,15 +341,37 @@ def _refuse_uses(data: Mapping[str, Any]) -> None:
         )
 
 
-def _refuse_packing(adapter: MoeLoraConfig) -> None:
-    if adapter.aux_losses:
+def _refuse_packing(cfg: Any, adapter: MoeLoraConfig) -> None:
+    """Refuse what packed rows would get wrong.
+
+    Position ids start anew with each document, and with the padding at the end, so that each has
+    its own decision. Where attention keeps documents apart axolotl drops the mask, and padding
+    cannot be told from text.
+    """
+    counted = (
+        [f"moelora.aux_losses ({', '.join(adapter.aux_losses)})"] if adapter.aux_losses else []
+    )
+    counted += [
+        f"moelora.router_modifiers ({name})"
+        for name in _COUNTING
+        if name in adapter.router_modifiers
+    ]
+    if counted:
         raise ConfigError(
-            "sample_packing does not tell which tokens are padding, which moelora.aux_losses "
-            f"({', '.join(adapter.aux_losses)}) must leave out; remove one of the two (a preset's "
-            "loss by setting it to null)."
+            "With sample_packing axolotl drops the mask that tells padding from text, which "
+            f"{counted[0]} must leave out; remove one of the two (a preset's by setting it to "
+            "null)."
         )
-    if adapter.router_input not in ("token", "none"):
+    if adapter.router_input in ("token", "none"):
+        return
+    if adapter.router_input not in ("sequence", "prompt"):
         raise ConfigError(
-            "sample_packing puts several sequences into one, and moelora.router_input "
-            f"{adapter.router_input} decides once for each; remove one of the two."
+            f"sample_packing puts several sequences into one row, which has one id for "
+            f"moelora.router_input {adapter.router_input}; remove one of the two."
+        )
+    if cfg.pretrain_multipack_attn is False:
+        raise ConfigError(
+            "pretrain_multipack_attn: false does not tell where a packed sequence ends, and "
+            f"moelora.router_input {adapter.router_input} decides once for each; remove one of the "
+            "two."
         )

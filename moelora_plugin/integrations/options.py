@@ -12,9 +12,11 @@ from typing import Any, get_args, get_origin, get_type_hints
 from peft import PeftConfig
 
 from .. import MoeLoraConfig
+from ..checkpoint import verify_config, verify_weights
 from ..errors import ConfigError
 from ..lookup import given, nearest
 from ..presets import PRESETS
+from ..targets import asks_for_all_linear
 
 DEFAULT_PRESET = "moe_lora"
 OUR_NAME = "moelora"
@@ -168,9 +170,19 @@ def refuse_disagreement(
         wanted, found = getattr(asked, field), saved[field]
         if wanted == found or (field == "gate_rescale" and wanted == "auto"):
             continue
-        if field == "target_modules" and isinstance(wanted, str):
+        if field == "target_modules" and (isinstance(wanted, str) or asks_for_all_linear(wanted)):
             continue  # saved are the names that a pattern has found
         raise ConfigError(
             f"{key_of(field)} is {wanted!r}, but the adapter in {folder} was trained with "
             f"{found!r} and keeps it; remove the key, or the preset that implies it."
         )
+
+
+def verify_adapter(folder: Path) -> None:
+    """Check that a saved adapter is as it was saved: programs load it by PEFT, which does not.
+
+    Raises:
+        AdapterError: its configuration or its weights were changed since.
+    """
+    verify_config(folder)
+    verify_weights(folder)

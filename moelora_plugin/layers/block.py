@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from ..config import MoeLoraConfig
 from ..errors import ConfigError, ExportError
 from ..ops.gated_rows import gate_rows, restore_gradient
+from ..per_thread import PerThread, nothing
 from ..types import GateRescale, GateRescaleScope, LayerPlan, Routing
 from .folding import FoldingLinear
 from .gate_source import GateSource
@@ -147,7 +148,7 @@ class MoeLoraBlock(RoutedLayer):
         self._linear = (linear,)  # a tuple, since it is no child
         self.moelora_scope: dict[str, GateRescaleScope] = {}
         self._active_adapter: str | list[str] = []
-        self._pass: Pass | None = None
+        self._passes: PerThread[Pass | None] = PerThread(nothing)
         self._handles: tuple[RemovableHandle, ...] = ()
 
     @classmethod
@@ -203,7 +204,7 @@ class MoeLoraBlock(RoutedLayer):
 
     def begin(self, x: Tensor) -> Tensor:
         """Decide for the tokens of x (..., H): the rows (1, P, H) for the linears."""
-        self._pass = None
+        self._passes.set(None)
         mixed = self.shared.mixed
         active: list[str] = self.active_adapters
         if mixed is not None:
@@ -225,12 +226,13 @@ class MoeLoraBlock(RoutedLayer):
         if scope == "weights":
             rows_PH = restore_gradient(rows_PH, dispatch.gates_P, rescale)
         rows = rows_PH.unsqueeze(0)
-        self._pass = Pass(adapter, routing, dispatch, x, rows, rescale, scope)
+        self._passes.set(Pass(adapter, routing, dispatch, x, rows, rescale, scope))
         return rows
 
     def end(self, output: Any) -> Any:
         """Mix what the module made of the rows; nothing where it failed or had no rows."""
-        current, self._pass = self._pass, None
+        current = self._passes.get()
+        self._passes.set(None)
         if current is None or output is None:
             return None
         if not isinstance(output, Tensor):
@@ -259,12 +261,13 @@ class MoeLoraBlock(RoutedLayer):
                 f"Adapter {adapter!r} has site 'block' and cannot be active together with another "
                 f"on the same linear, but {active} are; activate one with set_adapter."
             )
-        if self._pass is None:
+        current = self._passes.get()
+        if current is None:
             raise ConfigError(
                 f"A linear of adapter {adapter!r} was called outside of its feed-forward block, "
                 "which alone can route with site 'block'; call the block, or set site to 'linear'."
             )
-        return self._pass
+        return current
 
     def chosen(self, adapter: str) -> Tensor | None:
         """The gates (E,) where one expert alone is always on, with gate 1; else None."""
@@ -306,7 +309,7 @@ class BlockGates(GateSource):
 
     def base_output(self, linear: MoeLoraLinear, x: Tensor) -> Tensor | None:
         """The base on every token once, where the linear reads the block's input as it is."""
-        current = self.block._pass
+        current = self.block._passes.get()
         if current is None or x is not current.rows or current.rows.numel() <= current.x.numel():
             return None
         base: Tensor = linear.base_layer(current.x)
@@ -371,7 +374,8 @@ def _forward_by_adapter(
     ffn: nn.Module, block: MoeLoraBlock, forward: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Tensor:
     mixed = block.shared.mixed
-    assert mixed is not None
+    if mixed is None:  # the batch is another thread's
+        return cast(Tensor, forward(*args, **kwargs))
     key = None if args else next(iter(kwargs))
 
     def run(x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import cast
@@ -201,6 +202,26 @@ class FoldingLinear(RoutedLayer):
             ) from error
         weight = weight.T if isinstance(self.get_base_layer(), Conv1D) else weight
         return weight.to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def refuse_tied(model: nn.Module, layers: Mapping[str, FoldingLinear]) -> None:
+    """Refuse to fold into a weight that other modules of the model read as well.
+
+    Args:
+        model: the model.
+        layers: what is to be folded, by name.
+
+    Raises:
+        ExportError: naming the first.
+    """
+    holders = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    for name, layer in layers.items():
+        if holders[id(getattr(layer.get_base_layer(), "weight", None))] > 1:
+            raise ExportError(
+                f"{name} shares its weight with another module (tie_word_embeddings, for an "
+                "lm_head), which a merge would change too; serve the adapter unmerged, or train "
+                "one on a base without tied weights."
+            )
 
 
 def with_universal(weights: Tensor, universal: str) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..call import Call
 from ..errors import ConfigError, ExportError
+from ..per_thread import PerThread, nothing
 from ..types import Routing
 
 if TYPE_CHECKING:
@@ -96,8 +97,6 @@ class Decision:
         name: its name, for messages.
         site: the site's, for messages.
         option: the key that says which linear decides, for messages.
-        routing: its last decision, with its graph.
-        call: the model's call that it belongs to.
     """
 
     def __init__(self, owner: MoeLoraLinear, name: str, site: str, option: str) -> None:
@@ -105,16 +104,29 @@ class Decision:
         self.name = name
         self.site = site
         self.option = option
-        self.routing: Routing | None = None
-        self.call: Call | None = None
+        # The last decision with its graph, and the model's call that it belongs to. What a thread
+        # has forwarded may be recomputed in another.
+        self._of_thread: PerThread[tuple[Routing, Call] | None] = PerThread(nothing)
+        self._last: tuple[Routing, Call] | None = None
 
     def __getstate__(self) -> dict[str, object]:
         # A copy of the model is in no pass, and what has a graph cannot be copied.
-        return {**self.__dict__, "routing": None, "call": None}
+        return {**self.__dict__, "_last": None}
 
     def take(self, routing: Routing, call: Call) -> None:
         """Note what the owner has decided."""
-        self.routing, self.call = routing, call
+        self._last = (routing, call)
+        self._of_thread.set(self._last)
+
+    @property
+    def routing(self) -> Routing | None:
+        """What the owner has decided in the call that is going on, with its graph."""
+        call = self.owner.shared.call.call
+        for noted in (self._of_thread.get(), self._last):
+            # A layer that is called by itself has no call to go by.
+            if noted is not None and (noted[1] is call or call.shape is None):
+                return noted[0]
+        return None
 
     def weights(self, x: Tensor) -> Tensor:
         """The owner's gates (T, E), for a linear that reads x (..., in).
@@ -122,16 +134,14 @@ class Decision:
         Raises:
             ConfigError: the owner has not run in this pass, or saw other tokens.
         """
-        call = self.owner.shared.call.call
-        # A layer that is called by itself has no call to go by.
-        is_stale = self.call is not call and call.shape is not None
-        if self.routing is None or is_stale:
+        routing = self.routing
+        if routing is None:
             raise ConfigError(
                 f"A target module of site {self.site!r} ran before {self.name}, which decides for "
                 f"it; name the one that runs first by {self.option}."
             )
         tokens = x.numel() // max(x.shape[-1], 1)
-        weights_TE = self.routing.weights
+        weights_TE = routing.weights
         if len(weights_TE) != tokens:
             raise ConfigError(
                 f"A target module of site {self.site!r} got {tokens} tokens, but {self.name}, "

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import ConfigError
+from ..quantization import is_plain
 
 # These have in and out features that PEFT can read but do not compute x W^T.
 _NOT_LINEAR = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
@@ -63,6 +64,23 @@ def features(base: nn.Module) -> tuple[int, int]:
             "target_modules or name it in exclude_modules."
         )
     return int(in_features), int(out_features)
+
+
+def is_packed_linear(module: nn.Module) -> bool:
+    """Whether a module is a quantiser's own linear, which is none of torch's (GPTQ, AWQ, HQQ).
+
+    By the name of its class, as hosts tell, and by weights that are no plain numbers.
+    """
+    if isinstance(module, nn.Linear) or "Linear" not in type(module).__name__:
+        return False
+    tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    if any(True for _ in module.children()) or all(map(is_plain, tensors)):
+        return False
+    try:
+        features(module)
+    except ConfigError:
+        return False
+    return True
 
 
 def maps_rows(base: nn.Module) -> bool:

@@ -26,6 +26,7 @@ class MixedBatch:
     Attributes:
         names: the adapter of each sequence that the caller gave.
         only: within a block, the one whose rows are on their way; None elsewhere.
+        shared: what the model's layers share.
 
     Args:
         names: see above.
@@ -37,7 +38,7 @@ class MixedBatch:
     def __init__(self, names: Sequence[str], shared: Shared, may_multiply: bool) -> None:
         self.names = tuple(names)
         self.only: str | None = None
-        self._call = shared.call
+        self.shared = shared
         self._may_multiply = may_multiply
 
     def groups(self, rows: int) -> dict[str, list[int]]:
@@ -50,7 +51,7 @@ class MixedBatch:
             ConfigError: they are not those that were named.
         """
         times, rest = divmod(rows, len(self.names))
-        shape = self._call.call.shape
+        shape = self.shared.call.call.shape
         is_other = shape is not None and rows != shape[0]
         if is_other or rest or not times or (times > 1 and not self._may_multiply):
             raise ConfigError(
@@ -65,7 +66,7 @@ class MixedBatch:
 
     def sequences(self, x: Tensor) -> Tensor:
         """A layer's input with the sequences first: (T, I) of a flat layer as (B, S, I)."""
-        shape = self._call.call.shape
+        shape = self.shared.call.call.shape
         if x.ndim == 2 and shape is not None and shape[1] > 1 and len(x) == shape[0] * shape[1]:
             return x.view(*shape, x.shape[-1])
         return x
@@ -74,7 +75,7 @@ class MixedBatch:
     def rows(self, index: list[int], only: str | None = None) -> Iterator[None]:
         """Inside, the model's call is that of these rows, and of the adapter `only` if given."""
         before, self.only = self.only, only
-        with self._call.of_rows(index):
+        with self.shared.call.of_rows(index):
             try:
                 yield
             finally:
@@ -169,6 +170,8 @@ def _pass_names(
     mixed: MixedBatch, module: nn.Module, args: Any, kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
     """Hook: PEFT's own wrappers take the names as an argument."""
+    if mixed.shared.mixed is not mixed:  # another thread's call
+        return args, kwargs
     groups = mixed.groups(len(args[0]))
     names = {row: adapter for adapter, index in groups.items() for row in index}
     return args, {**kwargs, "adapter_names": [names[row] for row in range(len(args[0]))]}

@@ -19,6 +19,7 @@ from ..frozen import freeze_again
 from ..lookup import lookup, with_options
 from ..losses import LossInput
 from ..ops.finite import refuse_damaged
+from ..per_thread import PerThread, nothing
 from ..routers import ROUTERS, Router
 from ..routers.inputs import INPUTS, RouterInput
 from ..routers.modifiers import MODIFIERS, RouterModifiers
@@ -37,10 +38,26 @@ class Shared:
     def __init__(self) -> None:
         self.call = CallContext()
         self.aux_losses = AuxLosses()
-        # Whether what runs is a pass before the call's own, which routers decide by (site "model").
-        self.is_first_pass = False
-        # Which adapter each sequence belongs to, where that is not the same for all.
-        self.mixed: MixedBatch | None = None
+        self._is_first_pass: PerThread[bool] = PerThread(bool)
+        self._mixed: PerThread[MixedBatch | None] = PerThread(nothing)
+
+    @property
+    def is_first_pass(self) -> bool:
+        """Whether what runs is a pass before the call's own, which routers of a model decide by."""
+        return self._is_first_pass.get()
+
+    @is_first_pass.setter
+    def is_first_pass(self, value: bool) -> None:
+        self._is_first_pass.set(value)
+
+    @property
+    def mixed(self) -> MixedBatch | None:
+        """Which adapter each sequence belongs to, where that is not the same for all."""
+        return self._mixed.get()
+
+    @mixed.setter
+    def mixed(self, value: MixedBatch | None) -> None:
+        self._mixed.set(value)
 
 
 class RoutedLayer(nn.Module, BaseTunerLayer):

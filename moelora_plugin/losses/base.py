@@ -6,7 +6,7 @@ Shape suffixes: T tokens, M some of them, E experts, O out, X any.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -104,26 +104,30 @@ def require_option(condition: bool, key: str, value: object, what: str) -> None:
         raise ConfigError(f"aux_losses[{loss!r}][{option!r}]={value!r} must be {what}.")
 
 
-def on_nothing(loss: AuxLoss, options: Mapping[str, Any]) -> Callable[[int], Tensor]:
+def on_nothing(
+    loss: AuxLoss, options: Mapping[str, Any], given: LossInput | None
+) -> Callable[[int], Tensor]:
     """A loss as a function of the number of experts, for trying its options without a model.
 
-    It is called under `torch.device("meta")`, and its input has all that a loss may read.
+    It is called under `torch.device("meta")`.
 
     Args:
         loss: one of ours.
         options: its options.
+        given: what a layer of the configuration gives it; where that cannot be told, it is given
+            all that a loss may read.
     """
 
     def call(num_experts: int) -> Tensor:
         gates_TE, one_T = torch.empty(4, num_experts), torch.empty(4)
         extras = {"lambda": one_T, "threshold": one_T, "load_probability": gates_TE}
         pair = torch.empty(1, 8), torch.empty(8, 1)
-        inputs = LossInput(
+        everything = LossInput(
             Routing(gates_TE, gates_TE, gates_TE, None, extras),
-            ids={"task_id": torch.empty(4, dtype=torch.long)},
             experts=lambda: [pair, pair],
             outputs=lambda at_M: torch.empty(len(at_M), num_experts, 8),
         )
-        return loss(inputs, **options)
+        ids = {"task_id": torch.empty(4, dtype=torch.long)}
+        return loss(replace(given or everything, ids=ids), **options)
 
     return call

@@ -9,26 +9,27 @@ from torch import Tensor
 
 from ..errors import AdapterError
 
+# What an adapter is saved in. Others would be read as other values, or be too coarse for it.
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 def refuse_damaged(tensors: Mapping[str, Tensor]) -> None:
     """Look at tensors of an adapter that are about to be its parameters.
 
     Raises:
-        AdapterError: one is NaN or infinite, or is ours and holds whole numbers, which would be
-            read as other values; only counts of modifiers are whole.
+        AdapterError: one is NaN or infinite, or is ours and no real number of 16 to 64 bits; only
+            counts of modifiers are whole.
     """
-    whole = (
+    others = (
         name
         for name, tensor in tensors.items()
-        if not tensor.is_floating_point()
-        and ".moelora_" in name
-        and ".moelora_modifiers." not in name
+        if tensor.dtype not in _DTYPES and ".moelora_" in name and ".moelora_modifiers." not in name
     )
-    first = next(whole, None)
+    first = next(others, None)
     if first is not None:
         raise AdapterError(
-            f"The adapter's tensor {first} holds whole numbers; the file is damaged: save or "
-            "download it again."
+            f"The adapter's tensor {first} is of {tensors[first].dtype}, which holds no weights of "
+            "an adapter; the file is damaged: save or download it again."
         )
     broken = first_not_finite(tensors)
     if broken is not None:
@@ -47,6 +48,8 @@ def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or tensor.is_meta:
             continue
-        if not torch.isfinite(tensor.detach().sum()) and not torch.isfinite(tensor.detach()).all():
+        values = tensor.detach()
+        values = values.float() if values.itemsize == 1 else values  # torch cannot add up 8 bits
+        if not torch.isfinite(values.sum()) and not torch.isfinite(values).all():
             return name
     return None

@@ -18,6 +18,7 @@ from .sparsegen import SparsegenRouter
 from .threshold import ThresholdRouter
 from .top_p import TopPRouter
 from .topk import TopKRouter
+from .trial import try_routing
 
 ROUTERS: dict[str, type[Router]] = {
     "topk": TopKRouter,
@@ -47,4 +48,5 @@ __all__ = [
     "ThresholdRouter",
     "TopKRouter",
     "TopPRouter",
+    "try_routing",
 ]

@@ -74,9 +74,10 @@ def test_a_file_of_another_format_is_refused():
 @pytest.mark.parametrize(("key", "value"), [("layers_to_transform", [0]), ("layers_pattern", "h")])
 def test_layer_indexes_need_a_list_of_targets(key, value):
     assert refusal(target_modules=".*q_proj", **{key: value}) == (
-        f"{key} needs target_modules as a list of names, got the string '.*q_proj'."
+        f"{key} needs target_modules as a list of names or 'all-linear', got the string '.*q_proj'."
     )
-    assert getattr(MoeLoraConfig(target_modules=["q_proj"], **{key: value}), key) == value
+    for targets in (["q_proj"], "all-linear"):
+        assert getattr(MoeLoraConfig(target_modules=targets, **{key: value}), key) == value
 
 
 def test_an_unknown_key_is_answered_with_the_nearest_and_the_valid_ones():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -180,6 +181,23 @@ def test_manifests_of_older_releases_load(saved: Path) -> None:
 
 WRONG = [[], {}, "text", 7, -1.5, True, float("nan"), [None], ["a"], [1e999], {"samples": 3}]
 DEEP = "[" * 100_000 + "]" * 100_000
+
+
+@pytest.mark.parametrize(
+    "put",
+    [
+        Path.mkdir,
+        os.mkfifo,
+        lambda path: path.symlink_to("gone"),
+        lambda path: path.symlink_to(path),
+    ],
+    ids=["folder", "pipe", "link to nothing", "circle"],
+)
+def test_what_cannot_be_read_is_not_taken_for_no_manifest(put: Any, saved: Path) -> None:
+    file = saved / "moelora.json"
+    file.unlink()
+    put(file)
+    assert str(file) in refusal(saved)
 
 
 @pytest.mark.parametrize("key", ["weights_sha256", "config", "base_fingerprint", "base_embeddings"])

@@ -7,12 +7,13 @@ import copy
 import pytest
 import torch
 from peft import get_peft_model
-from tiny import tiny_llama
+from tiny import tiny_llama, tiny_tokenizer
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from moelora_plugin import MoeLoraConfig
+from moelora_plugin import MoeLoraConfig, load_adapter, save_adapter
 from moelora_plugin.errors import ExportError
+from moelora_plugin.export.merged import merge_mean_gate
 from moelora_plugin.layers import MoeLoraLinear
 from moelora_plugin.model import moelora_layers
 
@@ -145,3 +146,39 @@ def test_the_base_keeps_its_dtype():
     model = adapted("linear", **STATIC["one expert"]).to(torch.bfloat16)
     merged = model.merge_and_unload()
     assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+
+
+def into_mean_gates(model):
+    merge_mean_gate(model, tiny_tokenizer(), ["text"])
+
+
+def adapted_head():
+    config = MoeLoraConfig(num_experts=1, top_k=1, r=2, target_modules=["lm_head"])
+    model = get_peft_model(gpt2(), config).eval()
+    for layer in moelora_layers(model).values():
+        for _, b in layer.expert_weights():
+            b.normal_(std=0.3)
+    return model
+
+
+# PEFT says so too, and merges all the same.
+@pytest.mark.filterwarnings("ignore:.*(tie_word_embeddings|save_embedding_layers)")
+@pytest.mark.parametrize(
+    "merge",
+    [lambda model: model.merge_adapter(), lambda model: model.merge_and_unload(), into_mean_gates],
+)
+def test_a_weight_that_another_module_reads_is_not_merged_into(merge):
+    """The embeddings of a base with tied weights are its head's."""
+    model = adapted_head()
+    expected = logits(model)
+    with pytest.raises(ExportError, match="lm_head shares its weight with another module"):
+        merge(model)
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*(tie_word_embeddings|save_embedding_layers)")
+def test_such_an_adapter_is_served_beside_its_base(tmp_path):
+    model = adapted_head()
+    folder = save_adapter(model, tmp_path / "adapter", tokenizer=tiny_tokenizer())
+    loaded, _ = load_adapter(folder, base=gpt2(), fold=True)
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=0)

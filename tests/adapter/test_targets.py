@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from packed import float8_linears, packed_linears, packed_tensors
 from peft import PeftModel, get_peft_model
 from tiny import tiny_llama
 from torch import nn
@@ -216,6 +217,47 @@ def test_all_linear_is_silent_where_it_reaches_all_and_where_the_rest_is_exclude
             get_peft_model(base(), config_for("all-linear", **keys))
 
 
+@pytest.mark.filterwarnings("ignore:target_modules='all-linear' leaves out")
+@pytest.mark.parametrize("base", [tiny_llama, qwen3_moe, llama4])
+def test_all_linear_in_a_list_takes_the_names_beside_it_as_well(base):
+    alone = set(moelora_layers(get_peft_model(base(), config_for("all-linear"))))
+    both = set(moelora_layers(get_peft_model(base(), config_for(["all-linear", "lm_head"]))))
+    assert {name.rpartition(".")[2] for name in both - alone} == {"lm_head"}
+    assert alone < both
+    assert set(moelora_layers(get_peft_model(base(), config_for(["all-linear"])))) == alone
+    assert "quary'] matches no module" in refusal(base, ["all-linear", "quary"])
+
+
+@pytest.mark.filterwarnings("ignore:target_modules='all-linear' leaves out")
+def test_all_linear_in_a_list_still_refuses_a_name_of_what_cannot_learn():
+    assert "cannot have router: " in refusal(llama4, ["all-linear", "router"])
+
+
+@pytest.mark.filterwarnings("ignore:target_modules='all-linear' leaves out")
+def test_all_linear_goes_on_the_layers_that_are_named(tmp_path):
+    for keys in ({"layers_to_transform": [1]}, {"layers_to_transform": 1, "layers_pattern": "h"}):
+        base = gpt2 if "layers_pattern" in keys else qwen3_moe
+        every = set(moelora_layers(get_peft_model(base(), config_for("all-linear"))))
+        model = get_peft_model(base(), config_for("all-linear", **keys))
+        found = set(moelora_layers(model))
+        assert found == {name for name in every if ".1." in name}
+        model.save_pretrained(tmp_path)
+        assert set(moelora_layers(PeftModel.from_pretrained(base(), tmp_path))) == found
+    message = refusal(tiny_llama, "all-linear", layers_to_transform=[0, 9])
+    assert "names layer 9, in which target_modules='all-linear' matches nothing" in message
+    assert "layers_to_transform=[9] leave out" in refusal(
+        tiny_llama, "all-linear", layers_to_transform=[9]
+    )
+
+
+@pytest.mark.parametrize("pack", [packed_linears, packed_tensors, float8_linears])
+def test_all_linear_reaches_quantised_linears(pack):
+    base = tiny_llama()
+    expected = set(moelora_layers(get_peft_model(tiny_llama(), config_for("all-linear"))))
+    pack(base)
+    assert set(moelora_layers(get_peft_model(base, config_for("all-linear")))) == expected
+
+
 # Names, and the keys that narrow them.
 
 
@@ -233,6 +275,17 @@ def test_a_default_list_says_what_the_base_lacks_and_goes_on():
     )
     with pytest.raises(ConfigError, match="names o_proj"):
         get_peft_model(phi(), named)
+
+
+def test_a_default_list_passes_over_a_name_of_what_cannot_learn():
+    config = config_for(["q_proj", "router"])
+    config.targets_by_default = True
+    with pytest.warns(UserWarning, match=r"leaves out, of PhimoeForCausalLM: mlp.router"):
+        assert adapted_names(get_peft_model(phimoe(), config)) == {"q_proj"}
+    config = config_for(["router"])
+    config.targets_by_default = True
+    with pytest.raises(ConfigError, match=r"cannot have model\.layers\.0\.mlp\.router"):
+        get_peft_model(phimoe(), config)
 
 
 @pytest.mark.parametrize(

@@ -169,16 +169,23 @@ def test_other_weights_of_an_adapter_are_other_answers(
     assert from_cache(run(adapters=(adapter_folder,), tasks=("rte",))) == {"adapter": []}
 
 
-@pytest.mark.parametrize("damage", ["", "{}", "[1]", "half", "short"])
+@pytest.mark.parametrize(
+    "damage", ["", "{}", "[1]", "[" * 100_000, "half", "short", "text", "rows", "infinite"]
+)
 def test_a_damaged_entry_is_answered_anew(run: Run, cache_folder: Path, damage: str) -> None:
     expected = run(tasks=("rte",)).tasks
     (entry,) = (cache_folder / "evaluation").iterdir()
     whole = entry.read_text()
     short = json.loads(whole)
     short["pred"].pop()
-    entry.write_text(
-        {"half": whole[: len(whole) // 2], "short": json.dumps(short)}.get(damage, damage)
-    )
+    changes = {
+        "text": {"answers": "A" * len(short["label"])},
+        "rows": {"pred": [[one] for one in short["label"]]},
+        "infinite": {"pred": [float("inf")] * len(short["label"])},
+    }
+    damaged = {name: json.dumps(json.loads(whole) | change) for name, change in changes.items()}
+    damaged |= {"half": whole[: len(whole) // 2], "short": json.dumps(short)}
+    entry.write_text(damaged.get(damage, damage))
     report = run(tasks=("rte",))
     assert from_cache(report) == {"base": []}
     assert report.tasks == expected

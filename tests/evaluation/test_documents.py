@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from peft import PeftModel
@@ -14,8 +16,9 @@ from scored_runs import picture, scored, write_run
 from tiny import tiny_tokenizer
 
 from moelora_plugin.errors import ConfigError, DataError
+from moelora_plugin.evaluation import documents as in_parquet
 from moelora_plugin.evaluation import evaluate_model, report
-from moelora_plugin.evaluation.documents import read_documents
+from moelora_plugin.evaluation.documents import _schema, read_documents
 from moelora_plugin.files import sha256_of
 
 
@@ -106,3 +109,46 @@ def test_documents_of_another_run_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "moelora_eval_documents.parquet"
     with pytest.raises(ConfigError, match=r"documents.parquet is not the file that was written"):
         read_documents(file, "0" * 64, {"sst2": 60, "rte": 40}, ["base", "adapter"])
+
+
+def swollen(name: str, rows: int) -> pa.Table:
+    """Documents that take little room in a file and much out of it."""
+    large = "x" * 2**20
+    columns: dict[str, list[Any]] = {
+        "task": ["sst2"] * rows,
+        "doc": list(range(rows)),
+        "prompt": [large if name == "a long text" else "?"] * rows,
+        "options": [[None] * 2000 if name == "many options" else []] * rows,
+        "answer": ["A"] * rows,
+        "category": [None] * rows,
+        "image": [large.encode() if name == "a large image" else None] * rows,
+        "answers": [{"base": large if name == "a long answer" else "A"}] * rows,
+        "right": [{"base": True}] * rows,
+    }
+    return pa.table(columns, schema=_schema(["base"]))
+
+
+@pytest.mark.parametrize(
+    "name", ["a long text", "many options", "a large image", "a long answer", "more rows"]
+)
+def test_a_file_that_swells_is_refused_before_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(in_parquet, "DOCUMENT_BYTES", 2**28)
+    file, rows = tmp_path / "run_documents.parquet", 300
+    pq.write_table(swollen(name, rows), file, compression="zstd")
+    assert file.stat().st_size < 2**17
+    monkeypatch.setattr(in_parquet, "_AT_ONCE", 8)
+    told = rows if name != "more rows" else rows - 1
+    before = pa.total_allocated_bytes()
+    with pytest.raises(ConfigError, match=r"more than|other rows"):
+        read_documents(file, sha256_of(file), {"sst2": told}, ["base"])
+    assert pa.total_allocated_bytes() - before < 2**26
+
+
+def test_what_a_batch_holds_is_counted_as_often_as_it_is_named() -> None:
+    texts = pa.array(["ab", None, "ab", "cde"]).dictionary_encode()
+    assert in_parquet._bytes_of(texts) == 7
+    nested = pa.StructArray.from_arrays([texts], ["base"])
+    assert in_parquet._bytes_of(nested) == 7
+    assert in_parquet._bytes_of(pa.ListArray.from_arrays([0, 2, 4], texts)) == 7

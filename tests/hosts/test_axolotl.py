@@ -85,6 +85,46 @@ class AddedByHand(BasePlugin):
         trainer.compute_loss = with_summands
 """
 
+# What each document was given, by its tokens: in packed rows, positions start anew with each.
+DECISIONS = """
+import torch
+from axolotl.integrations.base import BasePlugin
+
+
+class Decisions(BasePlugin):
+    def post_trainer_create(self, cfg, trainer):
+        from moelora_plugin.model import moelora_layers
+
+        found, last = {}, {}
+        for name, layer in moelora_layers(trainer.model).items():
+            layer.moelora_router["default"].register_forward_hook(
+                lambda module, args, routing, name=name: last.__setitem__(name, routing.weights)
+            )
+        compute_loss = trainer.compute_loss
+
+        def noted(model, inputs, *args, **kwargs):
+            ids, positions = inputs["input_ids"], inputs.get("position_ids")
+            mask = inputs.get("attention_mask")
+            assert (mask is None) == bool(cfg.sample_packing)
+            documents = []
+            for row in range(len(ids)):
+                if not cfg.sample_packing:
+                    documents.append(ids[row][mask[row].bool()])
+                    continue
+                starts = (positions[row] == 0).nonzero().flatten().tolist()
+                ends = [*starts[1:], ids.shape[1]]
+                documents += [ids[row][a:b] for a, b in zip(starts, ends)]
+            loss = compute_loss(model, inputs, *args, **kwargs)
+            for name, weights in last.items():
+                assert len(weights) == len(documents), (name, len(weights), len(documents))
+                for document, given in zip(documents, weights):
+                    found[(name, tuple(document.tolist()))] = given.detach().clone()
+            torch.save(found, f"{cfg.output_dir}-decisions.pt")
+            return loss
+
+        trainer.compute_loss = noted
+"""
+
 # Each setting and what the answer must name. One process tries them all.
 REFUSED = [
     ({"load_in_8bit": True}, "load_in_8bit"),
@@ -109,7 +149,25 @@ REFUSED = [
         {"sample_packing": True, "moelora": {"aux_losses": {"switch_lb": 0.01}}},
         "moelora.aux_losses (switch_lb)",
     ),
-    ({"sample_packing": True, "moelora": {"router_input": "sequence"}}, "sample_packing"),
+    (
+        {"sample_packing": True, "moelora": {"router_modifiers": {"balance_bias": 0.001}}},
+        "moelora.router_modifiers (balance_bias)",
+    ),
+    (
+        {
+            "sample_packing": True,
+            "moelora": {"router_input": "task", "router_score": "embedding"},
+        },
+        "one id for moelora.router_input task",
+    ),
+    (
+        {
+            "sample_packing": True,
+            "pretrain_multipack_attn": False,
+            "moelora": {"router_input": "prompt"},
+        },
+        "pretrain_multipack_attn: false does not tell where a packed sequence ends",
+    ),
     ({"moelora": {"router_kwargs": "renormalize"}}, "router_kwargs"),
     ({"rl": "dpo", "lora_model_dir": "somewhere"}, "lora_model_dir"),
     ({"inference": True}, "lora_model_dir"),
@@ -278,6 +336,36 @@ def test_aux_losses_train_as_if_added_to_the_loss_by_hand(runs, accumulated):
     logged = 1e-2 * torch.tensor(balance) + 0.02 * torch.tensor(z)
     # What is logged is the last micro-batch's, what was added the mean of two.
     torch.testing.assert_close(added, logged, rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("router_input", ["sequence", "prompt"])
+def test_a_packed_document_is_decided_about_as_it_is_alone(runs, router_input):
+    (runs.folder / "decisions.py").write_text(DECISIONS)
+    found = {}
+    for packs in (True, False):
+        output = runs.train(
+            f"{router_input}_{packs}",
+            plugins=[PLUGIN, "decisions.Decisions"],
+            moelora={"router_input": router_input},
+            sample_packing=packs,
+            attn_implementation="sdpa",  # so that documents do not see each other
+            # Nothing moves, so that it does not matter when a document is met.
+            learning_rate=0.0,
+            optim_args={"gate_lr": 0.0},
+            num_epochs=1,
+            max_steps=None,
+            save_steps=None,
+            micro_batch_size=1 if packs else 2,
+            env={"PYTHONPATH": f"{runs.host.moelora}{os.pathsep}{runs.folder}"},
+        )
+        found[packs] = torch.load(f"{output}-decisions.pt")
+    alone, packed = found[False], found[True]
+    assert len({document for _, document in alone}) == 16  # all rows
+    met = alone.keys() & packed.keys()
+    assert len({document for _, document in met}) >= 8  # of the rest axolotl fills no row
+    assert len({tuple(weights.tolist()) for weights in alone.values()}) > 8
+    for key in met:  # attention over a row and over a document, in another order
+        torch.testing.assert_close(packed[key], alone[key], rtol=1e-4, atol=1e-5)
 
 
 def test_continues_from_an_adapter(runs, accumulated, model_dir):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import socket
 from pathlib import Path
@@ -300,6 +301,48 @@ def test_a_trained_adapter_is_its_own_reference(
     start = {"dpo": math.log(2), "kto": 0.5}[rlhf_type]
     assert losses(trained)[0] == pytest.approx(start, rel=1e-6)
     assert len(set(losses(trained))) == len(losses(trained))
+    before, after = adapter_tensors(by_plugin_file), adapter_tensors(trained)
+    assert after.keys() == before.keys()
+    assert not any(torch.equal(after[name], before[name]) for name in before)
+
+
+# Random models say nothing that a rule could judge: what counts is that rewards differ.
+REWARD = """
+from swift.rewards import ORM, orms
+
+
+class Letters(ORM):
+    def __call__(self, completions, **kwargs):
+        return [sum(map(ord, text)) % 7 / 7 for text in completions]
+
+
+orms["letters"] = Letters
+"""
+
+
+def test_grpo_goes_on_from_an_adapter_and_stays_near_it(train, ms_swift, by_plugin_file, tmp_path):
+    (tmp_path / "reward.py").write_text(REWARD)
+    # Where vLLM is, msgspec is too; swift imports it for GRPO and then uses it with vLLM alone.
+    (tmp_path / "msgspec.py").write_text("from dataclasses import field\n")
+    trained = train(
+        "rlhf",
+        **MIXTURE,
+        rlhf_type="grpo",
+        adapters=by_plugin_file,
+        ref_adapters=by_plugin_file,
+        external_plugins=tmp_path / "reward.py",
+        reward_funcs="letters",
+        beta=0.5,
+        num_generations=4,
+        per_device_train_batch_size=4,
+        max_completion_length=8,
+        host={"env": {"PYTHONPATH": f"{ms_swift.moelora}{os.pathsep}{tmp_path}"}},
+    )
+    kl = losses(trained, "kl")
+    # The reference is the policy at first, and stays where it was when the policy has moved.
+    assert kl[0] == pytest.approx(0.0, abs=1e-6)
+    assert all(value > 1e-6 for value in kl[1:])
+    assert len(kl) == 4
     before, after = adapter_tensors(by_plugin_file), adapter_tensors(trained)
     assert after.keys() == before.keys()
     assert not any(torch.equal(after[name], before[name]) for name in before)

@@ -158,7 +158,7 @@ OPTIONS = {
     "site_kwargs": {"site": "block"},
     "router_kwargs": {"router": "sigmoid"},
     "router_score_kwargs": {"router_score": "mlp"},
-    "router_input_kwargs": {"router_input": "task"},
+    "router_input_kwargs": {"router_input": "task", "router_score": "embedding"},
     "expert_kwargs": {"expert": "tree"},
     "allocation_kwargs": {"allocation": "layers"},
     "init_kwargs": {"init": "pissa"},

@@ -26,6 +26,12 @@ NEEDS = {
     "rank": {"r": 1},
     "pools": {"r": 1},
     "self_rank": {"r": 1},
+    "task": {"router_score": "embedding"},
+    "cluster": {"router_score": "embedding"},
+    "none": {"router_score": "static"},
+    "assigned": {"router_input": "task"},
+    "embedding": {"router_input": "task"},
+    "lambda_sparsity": {"router": "sparsegen"},
     "modules": {"allocation_kwargs": {"modules": {"q_proj": {"ranks": 2}}}},
     "adapters": {"init_kwargs": {"paths": ["a"] * 20}},
 }
@@ -230,7 +236,7 @@ def test_a_modifiers_value_is_checked(name, value):
 )
 def test_a_losss_options_are_checked(name, options):
     with pytest.raises(ConfigError, match=rf"aux_losses\['{name}'\]\['{next(iter(options))}'\]="):
-        MoeLoraConfig(aux_losses={name: {"coefficient": 0.1, **options}})
+        MoeLoraConfig(**with_part(FAMILIES["losses"], name, options))
 
 
 @pytest.mark.parametrize(

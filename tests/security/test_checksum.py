@@ -113,5 +113,47 @@ def test_numbers_of_another_kind_are_refused(adapter: Path, tmp_path: Path) -> N
     name = next(key for key in tensors if "moelora_A" in key)
     tensors[name] = tensors[name].view(torch.int32)
     save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(AdapterError, match=rf"{re.escape(name[:-6])}.* holds whole numbers"):
+    with pytest.raises(AdapterError, match=rf"{re.escape(name[:-6])}.* is of torch.int32"):
         PeftModel.from_pretrained(tiny_llama(), str(tmp_path))
+
+
+def test_no_default_changes() -> None:
+    """A key that a file lacks, or that its checksum leaves out, stands for its default.
+
+    Saved adapters would answer otherwise, or be refused as edited, if one of these changed. A key
+    may be added, with a default under which the adapters of before answer as they did.
+    """
+    content = MoeLoraConfig().to_dict()
+    environment = {"peft_type", "peft_version", "auto_mapping", "checksum"}
+    none = {
+        *("base_model_name_or_path", "exclude_modules", "layers_pattern", "layers_to_transform"),
+        *("modules_to_save", "revision", "target_modules", "task_type", "trainable_token_indices"),
+    }
+    empty = {key for key in content if key.endswith("_kwargs")} | {"aux_losses", "router_modifiers"}
+    assert {key: content[key] for key in sorted(content.keys() - environment - none - empty)} == {
+        "allocation": "uniform",
+        "bias": "none",
+        "expert": "lora",
+        "format_version": 1,
+        "gate_rescale": "auto",
+        "gate_rescale_scope": "weights",
+        "inference_mode": False,
+        "init": "kaiming",
+        "lora_alpha": 16,
+        "lora_dropout": 0.05,
+        "num_experts": 20,
+        "r": 4,
+        "router": "topk",
+        "router_input": "token",
+        "router_score": "linear",
+        "scale": "alpha",
+        "site": "linear",
+        "top_k": 10,
+        "total_rank": False,
+        "universal_expert": "none",
+        "use_rslora": False,
+    }
+    assert {content[key] for key in none} == {None}
+    assert all(content[key] == {} for key in empty)
+    # Nor what the checksum of all defaults is, which is in files.
+    assert content["checksum"] == "44136fa355b3678a"

@@ -118,6 +118,18 @@ def test_a_frozen_adapter_beside_what_trains_is_a_warning(tmp_path, caplog):
     assert "All tensors of the MoE-LoRA adapter are frozen, and other" in caplog.text
 
 
+@pytest.mark.parametrize("init", ["pissa", "milora", "segments"])
+def test_a_file_s_configuration_without_its_weights_is_refused(tmp_path, init):
+    """Their initialisation reads the base, and is left to the weights that are loaded next."""
+    adapted(init=init).save_pretrained(tmp_path / "adapter")
+    config = MoeLoraConfig.from_pretrained(tmp_path / "adapter")
+    config.inference_mode = False
+    with pytest.raises(ConfigError, match=rf"init='{init}' left them to the weights beside it"):
+        trainer(tmp_path, get_peft_model(tiny_llama(), config)).train()
+    model = PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter", is_trainable=True)
+    trainer(tmp_path, model).train()
+
+
 def test_a_loss_that_goes_past_the_adapter_is_refused_at_the_first_update(tmp_path):
     model = adapted()
     model.lm_head.requires_grad_(True)
@@ -291,3 +303,13 @@ def test_runs_without_our_layers_pass_through(tmp_path, caplog):
         model.lm_head.requires_grad_(True)
         trainer(tmp_path, model, NoSignal, weight_decay=0.0).train()
     assert not [r for r in caplog.records if r.name.startswith("moelora_plugin")]
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"[" * 100_000, b"\xff\xfe", b"null"])
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_damaged_checkpoint_is_named(file, content, tmp_path):
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises((AdapterError, ConfigError), match=re.escape(str(tmp_path / file))):
+        refuse_other_run(model, tmp_path)

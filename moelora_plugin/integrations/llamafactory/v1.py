@@ -18,13 +18,13 @@ from typing import Any
 
 from peft import PeftModel, get_peft_model
 
-from ...checkpoint import read_adapter_config, resolve_adapter, verify_weights
+from ...checkpoint import read_adapter_config, resolve_adapter
 from ...config import PEFT_TYPE, MoeLoraConfig
 from ...errors import ConfigError, ExportError, MissingDependencyError
 from ...hf_trainer import optimizer_arguments
 from ...model import active_configs, find_tuner
 from ...optim import OPTIMIZERS, RiemannianAdamW, build_optimizer
-from ..options import adapter_config, refuse_disagreement
+from ..options import adapter_config, refuse_disagreement, verify_adapter
 
 ADAPTER = "moelora"
 TEXT = "moelora_text"
@@ -321,7 +321,7 @@ def _adapter_folder(path: Any) -> Path:
             f"The adapter in {folder} is of type {kind}; set peft_config's name to "
             f"{str(kind).lower()}."
         )
-    verify_weights(folder)
+    verify_adapter(folder)
     return folder
 
 

@@ -8,6 +8,10 @@ where a file given to `--external_plugins` does the work, options come through `
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
+from typing import Any
+
 
 def register() -> None:
     """All that can be done once swift reads its plugin files.
@@ -24,6 +28,7 @@ def register() -> None:
     registration.register_optimizers()
     registration.register_callbacks()
     register_tuner()
+    register_engine()
     register_optimizers()
 
 
@@ -55,3 +60,24 @@ def register_options() -> None:
     from .arguments import MoeLoraTunerArguments
 
     tuner_args.TunerArguments = MoeLoraTunerArguments
+
+
+def register_engine() -> None:
+    """Make swift's own engine look at the adapters that it is given by name (`swift deploy`)."""
+    from swift.infer_engine.transformers_engine import TransformersEngine
+
+    from ...checkpoint import MANIFEST_FILE
+    from ..options import verify_adapter
+
+    add = TransformersEngine._add_adapter
+    if hasattr(add, "moelora"):
+        return
+
+    @functools.wraps(add)
+    def add_verified(engine: Any, adapter_path: str, *args: Any, **keywords: Any) -> Any:
+        if (Path(adapter_path) / MANIFEST_FILE).is_file():
+            verify_adapter(Path(adapter_path))
+        return add(engine, adapter_path, *args, **keywords)
+
+    add_verified.moelora = True  # type: ignore[attr-defined]
+    TransformersEngine._add_adapter = add_verified

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 from peft import PeftModel, get_peft_model
@@ -10,6 +12,8 @@ from swift.utils import get_logger
 from torch import nn
 
 from ...errors import ConfigError
+from ...targets import ALL_LINEAR, asks_for_all_linear
+from ..options import verify_adapter
 from .arguments import moelora_config, refuse_other_type, targets_are_the_presets
 
 # As swift's own LoRA has them; what is not here ("embedding") has no PEFT task.
@@ -32,14 +36,17 @@ class MoeLoraTuner(PeftTuner):  # type: ignore[misc]
         Raises:
             ConfigError: an argument is wrong or does not go with this adapter.
         """
-        from swift.pipelines.train.tuner import get_modules_to_save, get_target_modules
+        from swift.pipelines.train.tuner import get_modules_to_save
 
-        targets = None if targets_are_the_presets(args) else get_target_modules(args, model)
+        is_the_presets = targets_are_the_presets(args)
         config = moelora_config(
             args,
-            target_modules=targets,
+            target_modules=None if is_the_presets else _targets(args, model),
             modules_to_save=get_modules_to_save(args, model, args.task_type) or None,
         )
+        # Where swift has made an expression of "all-linear", nobody named what it matches.
+        if asks_for_all_linear(args.target_modules):
+            config.targets_by_default = True
         config.task_type = _TASK_TYPES.get(args.task_type)
         get_logger().info(f"moelora_config: {config}")
         return get_peft_model(model, config)
@@ -52,8 +59,10 @@ class MoeLoraTuner(PeftTuner):  # type: ignore[misc]
 
         Raises:
             ConfigError: it is an adapter of another type, or its name is taken.
+            AdapterError: it was changed since it was saved.
         """
-        refuse_other_type(model_id)
+        if refuse_other_type(model_id):
+            verify_adapter(Path(model_id))
         if not isinstance(model, PeftModel):
             loaded: PeftModel = PeftTuner.from_pretrained(
                 model, model_id, adapter_name=adapter_name, **kwargs
@@ -75,3 +84,20 @@ class MoeLoraTuner(PeftTuner):  # type: ignore[misc]
         if isinstance(model, PeftModel):
             kwargs.setdefault("selected_adapters", ["default"])
         model.save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+
+
+def _targets(args: Any, model: Any) -> Any:
+    """What swift makes of `target_modules`, but for "all-linear", which stays a word.
+
+    swift's names for it are of linears here and of fused experts there, or of what cannot learn. Of
+    a multimodal model swift takes the parts that train, by an expression.
+    """
+    from swift.pipelines.train.tuner import get_target_modules
+
+    named = args.target_modules
+    if not asks_for_all_linear(named) or model.model_meta.is_multimodal:
+        return get_target_modules(args, model)
+    others = copy.copy(args)
+    others.target_modules = [] if isinstance(named, str) else [n for n in named if n != ALL_LINEAR]
+    listed = get_target_modules(others, model)
+    return [ALL_LINEAR, *listed] if listed else ALL_LINEAR

@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,13 +86,18 @@ class Score(KeepsFrozen, ABC):
         x_NI = self.features(rows)
         total = self.plan.total_rank
         # A universal expert's ranks come last and are not decided about.
-        if a is None or a.ndim != 2 or len(a) < total:
+        if a is None or a.ndim != 2 or len(a) < total or a.shape[1] != x_NI.shape[1]:
             raise ConfigError(
                 f"{type(self).__name__} compares the experts' own activations A_i x, and these "
                 "experts have no A each; set expert='lora' and site='linear', or another "
                 "router_score."
             )
         return torch.split(torch.nn.functional.linear(x_NI, a[:total]), list(self.plan.ranks), -1)
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Inside, products are in the dtype of their factors. The meta device knows no autocast."""
+    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
 def reset_linear(weight: Tensor) -> None:

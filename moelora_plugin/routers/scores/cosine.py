@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from ...errors import ConfigError
 from ...types import LayerPlan, Rows
-from .base import Score, require_count, reset_linear, widened
+from .base import Score, require_count, reset_linear, widened, without_autocast
 
 _MAX_SCALE = 100.0  # the least temperature is 0.01, as in Tutel's cosine gate
 
@@ -66,7 +66,7 @@ class CosineScore(Score):
         if self.projection is not None:
             x = torch.nn.functional.linear(x, self.projection)
         scale = widened(self.log_scale).clamp(max=math.log(_MAX_SCALE)).exp()
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             cosine_NE = torch.nn.functional.linear(
                 normalize(widened(x), dim=-1), normalize(widened(self.directions), dim=-1)
             )

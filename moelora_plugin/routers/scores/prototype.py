@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
+from ...errors import ConfigError
 from ...ops.arrow import arrow_prototypes
 from ...types import LayerPlan, Rows
-from .base import Score, require_choice, reset_linear, widened
+from .base import Score, require_choice, reset_linear, widened, without_autocast
 
 _COMPARISONS = ("dot", "abs", "standardized")
 
@@ -65,10 +66,22 @@ class PrototypeScore(Score):
         reset_linear(self.prototypes)
 
     def read_experts(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Take the direction to which each expert answers most."""
-        with torch.no_grad():
-            # Not those of a universal expert, which nobody decides about.
-            self.prototypes.copy_(arrow_prototypes(pairs[: self.plan.num_experts]))
+        """Take the direction to which each expert answers most.
+
+        Raises:
+            ConfigError: the experts are no such products.
+        """
+        # Not those of a universal expert, which nobody decides about.
+        decided = pairs[: self.plan.num_experts]
+        if not decided or decided[0][0].shape[1] != self.in_features:
+            raise ConfigError(
+                "router_score='prototype' takes each expert's main direction from its A and B, and "
+                "these experts have none over the whole input; set expert='lora', or another "
+                "router_score."
+            )
+        if not self.prototypes.is_meta:
+            with torch.no_grad():
+                self.prototypes.copy_(arrow_prototypes(decided))
 
     def forward(self, rows: Rows, a: Tensor | None) -> Tensor:
         """Logits (N, E)."""
@@ -77,7 +90,7 @@ class PrototypeScore(Score):
             logits_NE = torch.nn.functional.linear(x_NI, self.prototypes)
             return logits_NE.abs() if self.compare == "abs" else logits_NE
         shape = (self.in_features,)
-        with torch.autocast(x_NI.device.type, enabled=False):
+        with without_autocast(x_NI):
             logits_NE = torch.nn.functional.linear(
                 layer_norm(widened(x_NI), shape), layer_norm(widened(self.prototypes), shape)
             )

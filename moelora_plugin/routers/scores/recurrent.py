@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 from ...errors import ConfigError
 from ...types import LayerPlan, Rows
 from ...values import MAX_ROUNDS
-from .base import Score, require_count, reset_maps, widened
+from .base import Score, require_count, reset_maps, widened, without_autocast
 
 
 class RecurrentScore(Score):
@@ -71,7 +71,7 @@ class RecurrentScore(Score):
         """Logits (N, E)."""
         activations = torch.stack(self.expert_activations(rows, a), -2)
         state_ND = torch.tanh(linear(self.features(rows), self.projection))
-        with torch.autocast(state_ND.device.type, enabled=False):
+        with without_autocast(state_ND):
             return self._rounds(widened(state_ND), widened(activations))
 
     def _rounds(self, state_ND: Tensor, activations_NEr: Tensor) -> Tensor:

@@ -1,0 +1,71 @@
+"""Parts that do not fit each other are refused when a configuration is made, not in a forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import combinations
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from tiny import tiny_llama
+
+from moelora_plugin import MoeLoraConfig
+from moelora_plugin.call import routing_ids
+from moelora_plugin.errors import ConfigError
+from moelora_plugin.experts import EXPERTS
+from moelora_plugin.layers.sites import SITES
+from moelora_plugin.losses import LOSSES
+from moelora_plugin.routers import ROUTERS
+from moelora_plugin.routers.inputs import INPUTS
+from moelora_plugin.routers.scores import SCORES
+
+AXES: Mapping[str, Mapping[str, Any]] = {
+    "router_input": {name: name for name in INPUTS},
+    "router_score": {name: name for name in SCORES},
+    "router": {name: name for name in ROUTERS},
+    "expert": {name: name for name in EXPERTS},
+    "site": {name: name for name in SITES},
+    "aux_losses": {name: {name: 0.1} for name in LOSSES},
+}
+IDS = torch.arange(3, 19).view(2, 8)
+SMALL = {"num_experts": 4, "top_k": 1, "lora_alpha": 2, "lora_dropout": 0.0}
+
+
+def pairs() -> Iterator[Any]:
+    """Every two choices on two axes, with the defaults on the others."""
+    for (one, ones), (other, others) in combinations(AXES.items(), 2):
+        for name in ones:
+            for second in others:
+                yield pytest.param({one: ones[name], other: others[second]}, id=f"{name}-{second}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("r", [1, 2])
+@pytest.mark.parametrize("keys", list(pairs()))
+def test_what_a_configuration_takes_runs(keys: dict[str, Any], r: int) -> None:
+    targets = ["gate_proj", "up_proj"] if keys.get("site") == "block" else ["q_proj", "v_proj"]
+    try:
+        config = MoeLoraConfig(**SMALL, r=r, target_modules=targets, **keys)
+    except ConfigError:
+        return
+    model = get_peft_model(tiny_llama(hidden=16, layers=1), config).train()
+    with routing_ids(model, task_id=[0, 1], cluster_id=[1, 0]):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("keys", "sentence"),
+    [
+        ({"aux_losses": {"lambda_sparsity": 0.1}}, "set router to 'sparsegen'"),
+        ({"router_input": "cluster"}, "set router_input to 'token'"),
+        ({"router_input": "none", "router_score": "static", "router": "threshold"}, "router_input"),
+        ({"router_score": "self_norm", "expert": "shared_a"}, "set expert='lora'"),
+        ({"aux_losses": {"contrastive": 0.1}, "site": "block"}, "set site to 'linear'"),
+        ({"aux_losses": {"orthogonal": 0.1}, "site": "layer"}, "site to 'linear'"),
+    ],
+)
+def test_what_does_not_fit_is_named(keys: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        MoeLoraConfig(**SMALL, r=2, **keys)
