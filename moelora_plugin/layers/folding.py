@@ -22,6 +22,7 @@ from ..experts import ExpertKind
 from ..quantization import is_plain
 from ..types import GateRescaleScope, LayerPlan
 from .gate_source import GateSource
+from .linear_maps import adds_updates
 from .routed import RoutedLayer, Shared
 
 
@@ -65,11 +66,13 @@ class FoldingLinear(RoutedLayer):
         """Fold adapters whose gates do not depend on the input into the base weight.
 
         Raises:
-            ExportError: the gates follow the input, or the base weight is quantised.
+            ExportError: the gates follow the input, the base weight is quantised, or the base does
+                more than to multiply by it.
         """
         for adapter in check_adapters_to_merge(self, adapter_names) or []:
             if adapter not in self.moelora_mixture:
                 continue
+            self._refuse_unfoldable()
             weights_E = self._fixed_gates(adapter)
             update = self.static_update(adapter, weights_E)
             if safe_merge and not bool(torch.isfinite(update).all()):
@@ -89,9 +92,9 @@ class FoldingLinear(RoutedLayer):
 
         Raises:
             ExportError: the gates follow the input, the experts are no update of the weight, or the
-                base weight is quantised.
+                base weight is quantised or not multiplied by the input alone.
         """
-        self._base_weight()
+        self._refuse_unfoldable()
         weights_E = self._fixed_gates(adapter) if weights_E is None else weights_E
         # On the meta device: what raises does so without a product.
         tensors = {name: t.detach().to("meta") for name, t in self.tensors(adapter).items()}
@@ -178,12 +181,28 @@ class FoldingLinear(RoutedLayer):
         weight = self._base_weight()
         weight.data = weight.data + update.to(weight.dtype)
 
+    def _refuse_unfoldable(self) -> None:
+        self._base_weight()
+        if not adds_updates(self.get_base_layer()):
+            raise ExportError(
+                f"Cannot merge into {type(self.get_base_layer()).__name__}: its forward does more "
+                "to the input than to multiply by the weight and to add the bias; serve the "
+                "adapter unmerged."
+            )
+
     def _base_weight(self) -> nn.Parameter:
         weight = getattr(self.get_base_layer(), "weight", None)
         if not isinstance(weight, nn.Parameter) or not is_plain(weight):
+            kind = type(self.get_base_layer()).__name__
+            if weight is not None and is_plain(weight):
+                raise ExportError(
+                    f"Cannot merge into {kind}: its weight is computed from other parameters "
+                    "(weight_norm, a parametrization, a sharded model); remove that first "
+                    "(remove_parametrizations, summon_full_params), or serve the adapter unmerged."
+                )
             raise ExportError(
-                f"Cannot merge into {type(self.get_base_layer()).__name__}: its weight is "
-                "quantised; load the base in a floating-point dtype."
+                f"Cannot merge into {kind}: its weight is quantised; load the base in a "
+                "floating-point dtype."
             )
         return cast(nn.Parameter, weight)
 
@@ -198,7 +217,8 @@ class FoldingLinear(RoutedLayer):
         except ExportError as error:
             raise ConfigError(
                 f"This adapter reads the weights of {type(self.get_base_layer()).__name__}, which "
-                "are quantised; load the base in a floating-point dtype, or change init or expert."
+                "are computed or quantised; load the base in a floating-point dtype, or change "
+                "init or expert."
             ) from error
         weight = weight.T if isinstance(self.get_base_layer(), Conv1D) else weight
         return weight.to(torch.promote_types(weight.dtype, torch.float32))

@@ -63,6 +63,11 @@ def features(base: nn.Module) -> tuple[int, int]:
             f"Cannot adapt {type(base).__name__}: experts need a linear map; remove it from "
             "target_modules or name it in exclude_modules."
         )
+    if torch.is_complex(getattr(base, "weight", torch.empty(0))):
+        raise ConfigError(
+            f"Cannot adapt {type(base).__name__} with complex weights, which gates have no order "
+            "for; remove it from target_modules or name it in exclude_modules."
+        )
     return int(in_features), int(out_features)
 
 
@@ -114,6 +119,43 @@ def maps_rows(base: nn.Module) -> bool:
     except (TypeError, RuntimeError, ValueError, IndexError):
         return False
     return isinstance(output, Tensor) and output.shape == (5, 7, out_features)
+
+
+def adds_updates(base: nn.Module) -> bool:
+    """Whether what is added to the weight is added to the output: f(x; W + D) = f(x; W) + x D^T.
+
+    A merge is right for no other forward: one that multiplies the product, or squashes it, applies
+    that to a merged update as well. Asked of classes with a forward of their own only, by a random
+    D of the weight's size, since float addition alone would pass a smaller one.
+
+    Args:
+        base: a module with a plain weight in its parent's layout, nn.Linear's or Conv1D's.
+    """
+    kind, weight = type(base), base.weight
+    assert isinstance(weight, Tensor)
+    if kind in (nn.Linear, Conv1D) or kind.forward is nn.Linear.forward or weight.is_meta:
+        return True
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> Tensor:
+        values = torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return values.to(weight.device)
+
+    in_features, _ = features(base)
+    state = {
+        name: tensor.detach().double() if tensor.is_floating_point() else tensor.detach()
+        for name, tensor in [*base.named_parameters(), *base.named_buffers()]
+    }
+    x, update = drawn(3, in_features), drawn(*weight.shape) * state["weight"].std()
+    added = x @ (update if isinstance(base, Conv1D) else update.T)
+    try:
+        with torch.no_grad():
+            before = torch.func.functional_call(base, state, (x,))
+            after = torch.func.functional_call(base, {**state, "weight": weight + update}, (x,))
+            # In fp64: what a forward that casts to fp32 rounds away is far below what differs.
+            return bool(torch.allclose(after - before, added, rtol=1e-3, atol=1e-3))
+    except (TypeError, RuntimeError, ValueError, IndexError):
+        return False
 
 
 @functools.cache

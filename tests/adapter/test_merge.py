@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -182,3 +183,73 @@ def test_such_an_adapter_is_served_beside_its_base(tmp_path):
     folder = save_adapter(model, tmp_path / "adapter", tokenizer=tiny_tokenizer())
     loaded, _ = load_adapter(folder, base=gpt2(), fold=True)
     torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=0)
+
+
+class _Doubled(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+class _Squashed(nn.Linear):
+    def forward(self, x):
+        return torch.tanh(super().forward(x))
+
+
+class _Normed(nn.Linear):
+    """Multiplies by rows of length one, whatever the weight's are."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, nn.functional.normalize(self.weight), self.bias)
+
+
+class _ByHand(nn.Linear):
+    """Falcon's: another way to write the same product."""
+
+    def forward(self, x):
+        return x @ self.weight.T + self.bias
+
+
+class _Casting(nn.Linear):
+    def forward(self, x):
+        product = nn.functional.linear(x.float(), self.weight.float(), self.bias.float())
+        return product.to(x.dtype)
+
+
+def one_linear(linear: nn.Module):
+    """A model of it, with one expert that is not zero."""
+    config = MoeLoraConfig(num_experts=1, top_k=1, r=2, target_modules=["linear"])
+    model = get_peft_model(nn.Sequential(OrderedDict(linear=linear)), config)
+    for layer in moelora_layers(model).values():
+        for _, b in layer.expert_weights():
+            b.normal_(std=0.3)
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", [_ByHand, _Casting])
+def test_a_linear_written_by_hand_is_merged(kind):
+    model, x = one_linear(kind(6, 5).double()), torch.randn(3, 6).double()
+    expected = model(x)
+
+    torch.testing.assert_close(model.merge_and_unload()(x), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [_Doubled, _Squashed, _Normed])
+def test_a_forward_that_does_more_than_multiply_is_not_merged_into(kind):
+    model, x = one_linear(kind(6, 5)), torch.randn(3, 6)
+    expected = model(x)
+
+    with pytest.raises(ExportError, match=f"{kind.__name__}: its forward does more to the input"):
+        model.merge_adapter()
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm],
+    ids=lambda f: f.__name__,
+)
+def test_a_weight_that_is_computed_is_not_merged_into(compute):
+    model = one_linear(compute(nn.Linear(6, 5)))
+
+    with pytest.raises(ExportError, match="its weight is computed from other parameters"):
+        model.merge_adapter()

@@ -1,7 +1,7 @@
 """Virtual environments of pinned packages, built once and kept in the user's cache.
 
-    python tests/hosts/environments.py                # builds what is missing, prints where
-    python tests/hosts/environments.py axolotl trl
+    python tests/hosts/environments.py                # builds the hosts' that are missing
+    python tests/hosts/environments.py axolotl lowest
 
 There is one for each host, and one for each set of versions that `tests/versions` runs the core of
 the suite with. An environment holds exactly the packages of its list of pins and not moelora, so
@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import venv
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -87,6 +88,7 @@ def _build(name: str, folder: Path) -> None:
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip.append("--no-compile")  # most modules are never imported
     # torch first and alone: a machine may offer a build of its own. The rest is a complete list, so
     # nothing is resolved and nothing can pull another torch in.
     torch = next(pin for pin in pins if pin.startswith("torch=="))
@@ -100,5 +102,8 @@ def _build(name: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    for _name in sys.argv[1:] or NAMES:
-        print(_name, environment(_name), flush=True)
+    # Two at a time: a build waits for the network, the disk and one core in turn.
+    names = sys.argv[1:] or NAMES
+    with ThreadPoolExecutor(2) as pool:
+        for _name, _folder in zip(names, pool.map(environment, names), strict=True):
+            print(_name, _folder, flush=True)
