@@ -72,24 +72,36 @@ def load_base_model(
             name, config=config, revision=revision, dtype=weights, trust_remote_code=False
         )
     except (*HUB_ERRORS, ValueError) as error:
-        raise _not_loaded(name, error) from error
+        raise _not_loaded(name, error, "--base") from error
     return cast(PreTrainedModel, model.to(device))
 
 
-def load_config(name: str, revision: str | None = None) -> PretrainedConfig:
+def load_config(
+    name: str, revision: str | None = None, *, option: str = "--base"
+) -> PretrainedConfig:
     """The configuration of a model, which tells what it is before its weights are read.
+
+    Args:
+        name: its folder or hub id, maybe out of somebody's file: no other kind of file is opened.
+        revision: branch, tag or commit on the hub.
+        option: the command's option that names it, for the error.
 
     Raises:
         MissingDependencyError: no such folder, and the hub cannot be reached or does not know it.
-        ConfigError: the folder holds no model that transformers knows.
+        ConfigError: the folder holds no model that transformers knows, or the name is a file's.
     """
+    if os.path.exists(name) and not os.path.isdir(name):  # transformers would read it as JSON
+        raise ConfigError(
+            f"Base model {name!r} is a file; pass the folder of a model (model.name in a recipe, "
+            f"{option} on the command line)."
+        )
     try:
         # Left open, transformers asks whoever sits at the terminal.
         config: PretrainedConfig = AutoConfig.from_pretrained(
             name, revision=revision, trust_remote_code=False
         )
     except (*HUB_ERRORS, ValueError) as error:
-        raise _not_loaded(name, error) from error
+        raise _not_loaded(name, error, option) from error
     return config
 
 
@@ -108,13 +120,13 @@ def _check_device(device: str) -> None:
         ) from error
 
 
-def _not_loaded(name: str, error: Exception) -> ConfigError | MissingDependencyError:
+def _not_loaded(name: str, error: Exception, option: str) -> ConfigError | MissingDependencyError:
     if os.path.isdir(name):
         return ConfigError(
             f"Cannot load a model from {name} ({first_line(error)}); pass another one (model.name "
-            "in a recipe, --base on the command line)."
+            f"in a recipe, {option} on the command line)."
         )
     return MissingDependencyError(
         f"Base model {name!r} is not a folder and cannot be had from the hub; pass the path of "
-        "a local copy (model.name in a recipe, --base on the command line)."
+        f"a local copy (model.name in a recipe, {option} on the command line)."
     )

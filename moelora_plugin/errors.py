@@ -13,18 +13,18 @@ The CLI prints it in red and exits with 1; everything else is a bug and keeps it
 
 from __future__ import annotations
 
-from .text import plain
+from .text import sentence
 
 
 class MoeLoraError(Exception):
     """Base of every error that a user can cause and mend.
 
     What it says may hold names out of files and what other libraries say of them, so it is made
-    harmless here, for terminals and logs alike.
+    harmless and short here, for terminals and logs alike.
     """
 
     def __init__(self, message: object = "") -> None:
-        super().__init__(plain(message))
+        super().__init__(sentence(message))
 
 
 class ConfigError(MoeLoraError, ValueError):

@@ -30,12 +30,27 @@ _PLAIN = dict.fromkeys(_CARRIED_OUT, REPLACEMENT) | dict.fromkeys(map(ord, "\n\r
 # common in names and numbers (. - + = / : , ; % space) stay, and so does an underscore in a word.
 _MARKS = re.compile(r"[\\`*\[\]{}<>|#~!&^$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 _HTML = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
+# A path of the longest that people have; a message that a terminal shows at once.
+_WORD, _MESSAGE = 500, 3000
+_LONG_WORD = re.compile(rf"\S{{{_WORD + 1},}}")
 _LINKS = re.compile(r":(?=//)|(?<=[Ww][Ww][Ww])\.|@")
 
 
 def plain(value: object) -> str:
     """A text of one line, for tables and messages: a line end is a space."""
     return str(value).translate(_PLAIN)
+
+
+def sentence(value: object) -> str:
+    """What an error says, on one line and of a length that somebody reads.
+
+    What stands in it of a file may be of any length: of a long word the ends stay, and of a long
+    message, whose remedy is at its end.
+    """
+    text = _LONG_WORD.sub(lambda word: f"{word[0][:100]}...{word[0][-50:]}", plain(value))
+    if len(text) <= _MESSAGE:
+        return text
+    return f"{text[: _MESSAGE // 2]} ... {text[-_MESSAGE // 3 :]}"
 
 
 def block(value: object) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import os
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,12 +14,12 @@ from accelerate import init_empty_weights
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.config import PeftConfig
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from ..base_model import HUB_ERRORS, default_device, resolve_dtype
+from ..base_model import default_device, load_config, resolve_dtype
 from ..call import ROUTING_IDS
 from ..config import MoeLoraConfig
-from ..errors import ConfigError, MissingDependencyError, ReachWarning, first_line
+from ..errors import ConfigError, ReachWarning, first_line
 from ..layers import MoeLoraLinear
 from ..model import MoeLoraModel, find_tuner, moelora_layers, routed_layers
 from ..targets import choose_targets
@@ -191,7 +190,7 @@ def plan_adapter(
         MissingDependencyError: no such folder, and the hub cannot be reached or does not know it.
     """
     at = at or Step()
-    shape = base_config(base, revision)
+    shape = load_config(base, revision, option="--model")
     resolved = resolve_dtype(dtype, default_device())
     if resolved == "auto":
         resolved = shape.dtype or torch.float32
@@ -246,29 +245,6 @@ def _count(
         lora=_use(lora, base_bytes, at),
         ours=_use(adapted, base_bytes, at),
     )
-
-
-def base_config(name: str, revision: str | None = None) -> PretrainedConfig:
-    """The configuration of a base; nothing else of it is read.
-
-    Raises:
-        ConfigError: the folder holds none that transformers knows.
-        MissingDependencyError: no such folder, and the hub cannot be reached or does not know it.
-    """
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(name, revision=revision)
-    except (*HUB_ERRORS, ValueError) as error:
-        if os.path.isdir(name):
-            raise ConfigError(
-                f"Cannot read the configuration of a model from {name} ({first_line(error)}); "
-                "pass the folder of a causal language model with --model."
-            ) from error
-        raise MissingDependencyError(
-            f"Base model {name!r} is not a folder and its config.json cannot be had from the hub; "
-            "pass the path of a folder that holds one (model.name in a recipe, --model on the "
-            "command line)."
-        ) from error
-    return config
 
 
 def empty_base(shape: PretrainedConfig, dtype: torch.dtype) -> nn.Module:

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from huggingface_hub import HfApi
 from rich.console import Group
-from transformers import AutoConfig
 
 from ..analysis.names import short_name
 from ..base_model import load_config, resolve_dtype, shows_images
@@ -287,7 +286,7 @@ def _main_dtype(base: str, revision: str | None, files: BaseFiles, dtype: str) -
     if dtype != "auto":
         resolved = resolve_dtype(dtype, "cpu")
     else:
-        config = AutoConfig.from_pretrained(base, revision=revision)
+        config = load_config(base, revision)
         resolved = files.main_dtype or config.dtype or torch.float32
     assert isinstance(resolved, torch.dtype)  # "auto" alone resolves to a string
     return resolved

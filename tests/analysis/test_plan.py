@@ -248,9 +248,11 @@ def test_units() -> None:
 
 def test_a_base_that_is_none(folder: str, tmp_path: Path) -> None:
     config = MoeLoraConfig(**MIXTURE)
-    with pytest.raises(MissingDependencyError, match=r"config\.json cannot be had from the hub"):
+    with pytest.raises(
+        MissingDependencyError, match=r"is not a folder and cannot be had from the hub.*--model"
+    ):
         plan_adapter("nowhere/nothing", config)
-    with pytest.raises(ConfigError, match="Cannot read the configuration"):
+    with pytest.raises(ConfigError, match=r"Cannot load a model from .*--model"):
         plan_adapter(str(tmp_path), config)
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
     with pytest.raises(ConfigError, match="'vit' is no causal language model"):

@@ -326,7 +326,7 @@ def _loss(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
 
 def _plan(base: nn.Module, outcome: Outcome) -> None:
     config = MoeLoraConfig(r=2, num_experts=3, top_k=2, target_modules="all-linear")
-    with mock.patch.object(plan, "base_config", return_value=base.config):
+    with mock.patch.object(plan, "load_config", return_value=base.config):
         try:
             planned = plan.plan_adapter("tiny", config, plan.Step(batch=2, length=8))
         except MoeLoraError as error:

@@ -232,6 +232,15 @@ def test_a_key_that_is_no_text_is_a_sentence():
         MoeLoraConfig(aux_losses={"switch_lb": {"coefficient": 1, "share": {3: 4}}})
 
 
+@pytest.mark.parametrize("text", ["a" * 100_000, "a b " * 25_000], ids=["word", "words"])
+@pytest.mark.parametrize("key", ["router", "site", "init", "expert", "allocation", "scale"])
+def test_a_message_about_a_long_name_is_short_and_has_its_remedy(key, text):
+    with pytest.raises(ConfigError) as error:
+        MoeLoraConfig(**{key: text, "peft_type": "MOELORA"})
+    assert len(str(error.value)) < 4000
+    assert str(error.value).endswith("to a command of moelora.")
+
+
 def test_members_of_enums_are_still_taken():
     config = MoeLoraConfig(task_type=TaskType.CAUSAL_LM, target_modules={"v_proj", "q_proj"})
     assert config.target_modules == ["q_proj", "v_proj"]

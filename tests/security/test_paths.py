@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import json
 import os
 import pickle
@@ -18,7 +19,10 @@ from tiny import tiny_llama, tiny_tokenizer
 from torch import nn
 
 from moelora_plugin import MoeLoraConfig, load_adapter
+from moelora_plugin.analysis.plan import plan_adapter
+from moelora_plugin.base_model import load_config
 from moelora_plugin.errors import AdapterError, ConfigError
+from moelora_plugin.export import export_adapter
 from moelora_plugin.initialization import adapters as of_adapters
 from moelora_plugin.values import SavedPaths
 
@@ -212,6 +216,37 @@ def test_a_configuration_file_is_a_file_and_of_a_size(edited):
         file.truncate(65 * 2**20)
     with pytest.raises(AdapterError, match="bytes, of which at most"):
         MoeLoraConfig.from_pretrained(str(folder))
+
+
+READ_THE_BASE = {
+    "load_adapter": lambda folder, out: load_adapter(folder, device="cpu"),
+    "export exact": lambda folder, out: export_adapter(folder, out, to="merged"),
+    "export mean-gate": lambda folder, out: export_adapter(
+        folder, out, to="merged", strategy="mean-gate", calibration_tasks=["sst2"]
+    ),
+    "plan": lambda folder, out: plan_adapter(base_of(folder), MoeLoraConfig()),
+    "load_config": lambda folder, out: load_config(base_of(folder)),
+}
+
+
+def base_of(folder) -> str:
+    return json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+
+
+@pytest.mark.parametrize("read", READ_THE_BASE)
+def test_a_base_that_is_a_file_is_not_opened(read, edited, dangerous, monkeypatch):
+    """transformers takes such a name for a configuration's file and reads it."""
+    secret, opened, real = str(dangerous / "secret.json"), [], builtins.open
+
+    def watching(file, *args, **kwargs):
+        opened.append(str(file))
+        return real(file, *args, **kwargs)
+
+    folder = edited(base_model_name_or_path=secret)
+    monkeypatch.setattr(builtins, "open", watching)
+    with pytest.raises(ConfigError, match=r"secret\.json' is a file; pass the folder of a model"):
+        READ_THE_BASE[read](folder, dangerous / "out")
+    assert secret not in opened
 
 
 def test_no_loader_unpickles(edited, tmp_path):
