@@ -171,8 +171,8 @@ def test_every_router_s_gates_weigh_the_block_s_experts(router):
     slow = expected(net, "llama", x, routing.weights)
     torch.testing.assert_close(y, slow, **CLOSE)
     # The gates are constants here, so of the gradients only the experts' can be compared.
-    # Gates that do not add up to 1 (relu's) make outputs of hundreds, whose squares' roundings would
-    # be far above what CLOSE allows for numbers up to a hundred.
+    # Gates that do not add up to 1 (relu's) make outputs of hundreds, whose squares' roundings
+    # would be far above what CLOSE allows for numbers up to a hundred.
     size = y.detach().abs().max()
     fast_grads, slow_grads = (grads_of_experts(net, out / size) for out in (y, slow))
     for name, grad in fast_grads.items():
