@@ -22,6 +22,7 @@ from .errors import ConfigError
 from .frozen import freeze_again
 from .initialization import INITIALIZATIONS
 from .layers import AuxLosses, MoeLoraLinear, RoutedLayer, Shared, refuse_tied
+from .layers.awaited import AwaitedValues, refuse_awaited, unwatch_awaited
 from .layers.block import blocks_by_adapter, blocks_of
 from .layers.first_step import FirstStep, unwatch_first_steps
 from .layers.mixed import mixed_batch
@@ -120,10 +121,11 @@ class MoeLoraModel(BaseTuner):
         )
         assign_streams(model, self.shared.call)
         self._awaits_file = config.from_file
+        unwatch_awaited(model, adapter_name)  # of one that was deleted
+        if is_saved and lookup("initializations", config.init, INITIALIZATIONS).reads_data:
+            AwaitedValues(adapter_name, config.init).watch(model)
         if not config.inference_mode:
-            initialization = lookup("initializations", config.init, INITIALIZATIONS)
-            is_awaited = config.from_file and initialization.reads_data
-            FirstStep(adapter_name, config.init if is_awaited else None).watch(model)
+            FirstStep(adapter_name).watch(model)
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         """Say what is wrong with the base before PEFT says less, or nothing."""
@@ -204,8 +206,8 @@ class MoeLoraModel(BaseTuner):
             ConfigError: always.
         """
         raise ConfigError(
-            "add_weighted_adapter adds up weights, and the gates of these adapters follow the "
-            "input, so no adapter is their sum; have several act at once by "
+            "add_weighted_adapter adds up weights, and each mixture weighs its experts by gates of "
+            "its own, so no adapter is the sum of several; have them act at once by "
             "base_model.set_adapter([...]), or answer each sequence by its own with adapter_names."
         )
 
@@ -236,9 +238,10 @@ class MoeLoraModel(BaseTuner):
         super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         for ffn, block in blocks_of(self.model):
             block.remove_from(ffn)
-        # Our hooks would take the ids of an adapter that is added next, or wait for its step.
+        # Our hooks would take the ids of an adapter that is added next, or wait for it.
         self.shared.call.unwatch(self.model)
         unwatch_first_steps(self.model)
+        unwatch_awaited(self.model)
         return self.model
 
     def _replace_module(
@@ -281,7 +284,10 @@ class MoeLoraModel(BaseTuner):
 
         Raises:
             ExportError: a layer cannot be merged.
+            ConfigError: an adapter has no values.
         """
+        for adapter in adapter_names or self.active_adapters:
+            refuse_awaited(self.model, adapter)
         merging = {}
         for name, layer in moelora_layers(self.model).items():
             for adapter in adapter_names or layer.active_adapters:

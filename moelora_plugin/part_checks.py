@@ -58,7 +58,7 @@ def check_parts(config: MoeLoraConfig) -> None:
     _check_modifiers(config, router, plans)
     experts = _check_experts(config, parts, plans)
     routing = _check_fit(config, (router_input, score, router), experts)
-    _build(config, "init", parts, [()])
+    _check_init(config, _build(config, "init", parts, [()]), experts)
     _check_scale(config, plans)
     _check_losses(config, plans, routing, experts)
 
@@ -228,6 +228,26 @@ def _check_fit(config: MoeLoraConfig, parts: tuple[Any, Any, Any], experts: Any)
         raise
     except _MISUSE:  # not everything computes on the meta device
         return None
+
+
+def _check_init(config: MoeLoraConfig, initialization: Any, experts: Any) -> None:
+    """Show an initialisation the experts that it is to fill, without values."""
+    init, expert = FAMILIES["initializations"], FAMILIES["experts"]
+    built_in = (init.built_in().get(config.init), expert.built_in().get(config.expert))
+    if (type(initialization), type(experts)) != built_in:  # others may read what is not made up
+        return
+    plan, rows, columns = experts.plan, experts.out_features, experts.in_features
+    with torch.device("meta"):
+        tensors = _tensors(experts)
+        filled = {name: tensor for name, tensor in tensors.items() if name not in experts.frozen}
+        if rank := initialization.offset_rank(plan):
+            offset = {"offset_A": torch.empty(rank, columns), "offset_B": torch.empty(rows, rank)}
+            filled.update(offset)
+        weight = torch.empty(rows, columns)
+        pairs = experts.split(tensors)
+    initialization.check_experts(
+        init.home().InitInput(filled, pairs, lambda: weight, (rows, columns), plan, 1.0, "")
+    )
 
 
 def _tensors(experts: Any) -> dict[str, torch.Tensor]:

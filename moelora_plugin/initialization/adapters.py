@@ -100,6 +100,18 @@ class Adapters(Initialization):
                     "selects; set target_modules to all modules of the adapters."
                 )
 
+    def check_experts(self, inputs: InitInput) -> None:
+        """Refuse experts that are no A_i (r_i, I) and B_i (O, r_i) of their own.
+
+        Raises:
+            ConfigError: they share a factor, work on slices, or have other tensors in their place.
+        """
+        if not inputs.has_own_factors:
+            raise ConfigError(
+                "init='adapters' gives each expert the A and B of its adapter, so no factor can be "
+                "shared or of another shape, as in this expert kind; set expert to 'lora'."
+            )
+
     def __call__(self, inputs: InitInput) -> None:
         """Copy each adapter's part for this module into its expert."""
         self._refuse_saved()
@@ -109,7 +121,6 @@ class Adapters(Initialization):
                 f"{len(inputs.experts)} experts in {inputs.module_name}; set num_experts (and "
                 "top_k) to fit."
             )
-        _refuse_shared_factors(inputs)
         Kaiming()(inputs)
         general = [_Adapter(path) for path in self.subtract]
         for path, (a, b) in zip(self.paths, inputs.experts, strict=True):
@@ -133,16 +144,6 @@ class Adapters(Initialization):
                 "init_kwargs of a saved configuration names the adapters that its experts were "
                 "made of, and none is opened because a file says so; to start from adapters, make "
                 "the configuration by MoeLoraConfig(...) with init_kwargs={'paths': [...]}."
-            )
-
-
-def _refuse_shared_factors(inputs: InitInput) -> None:
-    for factors in zip(*inputs.experts, strict=True):
-        starts = {factor.data_ptr() for factor in factors if not factor.is_meta}
-        if starts and len(starts) < len(factors):
-            raise ConfigError(
-                "init='adapters' gives each expert the A and B of its adapter, so no factor can be "
-                "shared; set expert to 'lora'."
             )
 
 

@@ -23,6 +23,7 @@ class InitInput:
             (R0, I), "offset_B" (O, R0) where `offset_rank` asked for them.
         experts: views (A_i, B_i) of the same, one pair per expert.
         base_weight: gives the base's weight (O, I) in fp32 or wider; raises where it is quantised.
+        shape: (O, I) of that weight.
         plan: the layer's experts.
         scaling: LoRA scale s.
         module_name: the target module's full name.
@@ -31,9 +32,23 @@ class InitInput:
     tensors: Mapping[str, Tensor]
     experts: Sequence[tuple[Tensor, Tensor]]
     base_weight: Callable[[], Tensor]
+    shape: tuple[int, int]
     plan: LayerPlan
     scaling: float
     module_name: str
+
+    @property
+    def has_own_factors(self) -> bool:
+        """Whether each expert is an A_i (r_i, I) and a B_i (O, r_i) that no other expert has."""
+        rows, columns = self.shape
+        found = [(*a.shape, *b.shape) for a, b in self.experts]
+        expected = [(rank, columns, rows, rank) for rank in self.plan.ranks]
+        whole = {"A": self.plan.total_rank * columns, "B": rows * self.plan.total_rank}
+        return found == expected and all(
+            self.tensors[name].numel() == size
+            for name, size in whole.items()
+            if name in self.tensors  # a frozen one is not
+        )
 
 
 class Initialization(ABC):
@@ -64,6 +79,16 @@ class Initialization(ABC):
 
         Raises:
             ConfigError: they do not.
+        """
+
+    def check_experts(self, inputs: InitInput) -> None:  # noqa: B027 - most fill what there is
+        """Before the values: refuse experts whose tensors cannot hold what is read.
+
+        Every linear asks, and so does the configuration when it is made, on the meta device, with
+        nominal widths and perhaps another number of experts.
+
+        Raises:
+            ConfigError: they cannot.
         """
 
     @abstractmethod

@@ -63,15 +63,26 @@ class SvdInitialization(Initialization):
         u_OC, s_C, vt_CI = torch.linalg.svd(weight_OI, full_matrices=False)
         return u_OC, s_C, vt_CI
 
+    def check_experts(self, inputs: InitInput) -> None:
+        """Refuse experts that are no A_i (r_i, I) and B_i (O, r_i) of their own alone.
+
+        Raises:
+            ConfigError: they share a factor, keep one frozen, work on slices, or have others.
+        """
+        if not inputs.has_own_factors or set(inputs.tensors) != {"A", "B", "offset_A", "offset_B"}:
+            raise ConfigError(
+                "This init gives each expert singular components of its own, and this expert kind "
+                "has no factors for them, or other tensors beside; set expert to 'lora', or init "
+                "to 'kaiming'."
+            )
+
     def __call__(self, inputs: InitInput) -> None:
         """Fill A, B and the offset in place.
 
         Raises:
-            ConfigError: the experts have no factors of their own, their ranks are more than the
-                weight's, or the base is quantised.
+            ConfigError: the experts' ranks are more than the weight's, or the base is quantised.
         """
         offset_a, offset_b = inputs.tensors["offset_A"], inputs.tensors["offset_B"]
-        _require_own_factors(inputs, offset_a.shape[1], offset_b.shape[0])
         if offset_a.is_meta:  # the values come from the adapter's file
             return
         plan = inputs.plan
@@ -185,21 +196,3 @@ class Segments(SvdInitialization):
 def _consecutive(ranks: Sequence[int], start: int) -> list[range]:
     stops = accumulate(ranks, initial=start)
     return [range(at, at + rank) for at, rank in zip(stops, ranks, strict=False)]
-
-
-def _require_own_factors(inputs: InitInput, in_features: int, out_features: int) -> None:
-    """Refuse experts that are more or less than an A_i (r_i, I) and a B_i (O, r_i) of their own.
-
-    Raises:
-        ConfigError: they share a factor, keep one frozen, work on slices, or have other tensors.
-    """
-    found = [(*a.shape, *b.shape) for a, b in inputs.experts]
-    expected = [(rank, in_features, out_features, rank) for rank in inputs.plan.ranks]
-    sizes = {name: tensor.numel() for name, tensor in inputs.tensors.items()}
-    offset = {name: sizes.pop(name) for name in ("offset_A", "offset_B")}
-    if found != expected or sizes != {"A": offset["offset_A"], "B": offset["offset_B"]}:
-        raise ConfigError(
-            "This init gives each expert singular components of its own, and this expert kind has "
-            "no factors for them, or other tensors beside; set expert to 'lora', or init to "
-            "'kaiming'."
-        )

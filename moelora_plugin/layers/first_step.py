@@ -1,4 +1,4 @@
-"""Whether an adapter's first training step has something to train, and reached all its linears.
+"""Whether an adapter's first training step reached all its linears.
 
 A linear that the model never calls, or whose output it drops, trains nothing, and no loss shows it:
 the last layer of a vision tower whose features are taken earlier, a tower that no batch has images
@@ -11,15 +11,14 @@ import functools
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 from torch.utils._pytree import tree_leaves
 
-from ..errors import ConfigError, ReachWarning
+from ..errors import ReachWarning
 from .linear import MoeLoraLinear
 
 _SHOWN = 8
@@ -36,12 +35,10 @@ class FirstStep:
 
     Args:
         adapter: whose linears.
-        awaited_from: the initialisation that left all values to the adapter's file, if one did.
     """
 
-    def __init__(self, adapter: str, awaited_from: str | None = None) -> None:
+    def __init__(self, adapter: str) -> None:
         self.adapter = adapter
-        self._awaited_from = awaited_from
         self._is_queued = False
 
     def watch(self, model: nn.Module) -> None:
@@ -51,30 +48,9 @@ class FirstStep:
     def _after_call(self, model: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling() or not (model.training and torch.is_grad_enabled()):
             return
-        self._refuse_empty(model)
         for value in tree_leaves(output):
             if isinstance(value, Tensor) and value.grad_fn is not None:
                 value.register_hook(functools.partial(self._begin, model))
-
-    def _refuse_empty(self, model: nn.Module) -> None:
-        """Factors that are all zero have no gradient, and nothing would be learned.
-
-        Raises:
-            ConfigError: the file that the values were left to was not loaded.
-        """
-        if self._awaited_from is None or self.adapter not in _active(model):
-            return
-        tensors = list(_tensors(model, self.adapter))
-        if any(isinstance(tensor, FakeTensor) for tensor in tensors):  # `moelora plan` counts
-            return
-        if not any(bool(tensor.any()) for tensor in tensors):
-            raise ConfigError(
-                f"Adapter {self.adapter!r} has no values: its configuration was read from a file, "
-                f"so init={self._awaited_from!r} left them to the weights beside it, which were "
-                "not loaded; load the adapter by PeftModel.from_pretrained(base, folder, "
-                "is_trainable=True), or start a new one from MoeLoraConfig(...)."
-            )
-        self._awaited_from = None
 
     def _begin(self, model: nn.Module, grad: Tensor) -> None:
         if not self._is_queued:
@@ -136,17 +112,6 @@ class FirstStep:
                 is_reached = any(parameter.grad is not None for parameter in parameters)
                 (reached if is_reached else missed).append(name)
         return reached, missed
-
-
-def _active(model: nn.Module) -> set[str]:
-    linears = (module for module in model.modules() if isinstance(module, MoeLoraLinear))
-    return {adapter for linear in linears for adapter in linear.active_adapters}
-
-
-def _tensors(model: nn.Module, adapter: str) -> Iterator[Tensor]:
-    for module in model.modules():
-        if isinstance(module, MoeLoraLinear):
-            yield from module.tensors(adapter).values()
 
 
 def stem(name: str, keep: int) -> str:

@@ -177,16 +177,17 @@ class MoeLoraLinear(FoldingLinear):
                 tensor.zero_()
             return
         experts.reset(tensors)
-        initialize(
-            InitInput(
-                {name: tensor for name, tensor in tensors.items() if name not in frozen},
-                experts.split(tensors),
-                self._float_base_weight,
-                plan,
-                mixture.scaling,
-                module_name,
-            )
+        inputs = InitInput(
+            {name: tensor for name, tensor in tensors.items() if name not in frozen},
+            experts.split(tensors),
+            self._float_base_weight,
+            (self.out_features, self.in_features),
+            plan,
+            mixture.scaling,
+            module_name,
         )
+        initialize.check_experts(inputs)
+        initialize(inputs)
         if adapter in self.moelora_gate and not any(t.is_meta for t in tensors.values()):
             self._score(adapter).read_experts(experts.split(tensors))
 

@@ -124,7 +124,7 @@ def test_a_file_s_configuration_without_its_weights_is_refused(tmp_path, init):
     adapted(init=init).save_pretrained(tmp_path / "adapter")
     config = MoeLoraConfig.from_pretrained(tmp_path / "adapter")
     config.inference_mode = False
-    with pytest.raises(ConfigError, match=rf"init='{init}' left them to the weights beside it"):
+    with pytest.raises(ConfigError, match=rf"init='{init}' left them to the adapter's weights"):
         trainer(tmp_path, get_peft_model(tiny_llama(), config)).train()
     model = PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter", is_trainable=True)
     trainer(tmp_path, model).train()
