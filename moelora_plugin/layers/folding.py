@@ -217,8 +217,8 @@ class FoldingLinear(RoutedLayer):
         except ExportError as error:
             raise ConfigError(
                 f"This adapter reads the weights of {type(self.get_base_layer()).__name__}, which "
-                "are computed, sharded (FSDP 1) or quantised; load the base whole and in a "
-                "floating-point dtype, or change init or expert."
+                "are computed, sharded (FSDP 1) or quantised; load the base in a floating-point "
+                "dtype and whole, or change init or expert."
             ) from error
         weight = weight.T if isinstance(self.get_base_layer(), Conv1D) else weight
         return weight.to(torch.promote_types(weight.dtype, torch.float32))

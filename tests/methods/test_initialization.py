@@ -227,7 +227,7 @@ def test_a_quantised_base_is_refused(name):
     net = nn.Sequential(nn.Linear(D_IN, D_OUT))
     net[0].weight = nn.Parameter(torch.ones(D_OUT, D_IN, dtype=torch.int8), requires_grad=False)
     with pytest.raises(
-        ConfigError, match="quantised; load the base whole and in a floating-point dtype"
+        ConfigError, match="quantised; load the base in a floating-point dtype and whole"
     ):
         get_peft_model(net, config_for(name))
 
