@@ -170,31 +170,12 @@ def refuse_disagreement(
         wanted, found = getattr(asked, field), saved[field]
         if wanted == found or (field == "gate_rescale" and wanted == "auto"):
             continue
-        if field == "target_modules" and _may_be_the_same_targets(wanted, found):
-            continue
-        if field == "modules_to_save" and set(wanted or ()) == set(found or ()):
-            continue
+        if field == "target_modules" and (isinstance(wanted, str) or asks_for_all_linear(wanted)):
+            continue  # saved are the names that a pattern has found
         raise ConfigError(
             f"{key_of(field)} is {wanted!r}, but the adapter in {folder} was trained with "
             f"{found!r} and keeps it; remove the key, or the preset that implies it."
         )
-
-
-def _may_be_the_same_targets(wanted: list[str] | str, found: Any) -> bool:
-    """Whether an adapter can have got its modules by what a run asks for.
-
-    Saved are the names that a pattern, a word for all or a host's own choice among towers has
-    found: the last parts of names, or whole ones.
-    """
-    if isinstance(wanted, str) or isinstance(found, str) or asks_for_all_linear(wanted):
-        return True
-
-    def covers(name: str, other: str) -> bool:
-        return other == name or other.endswith(f".{name}")
-
-    return all(any(covers(name, other) for name in wanted) for other in found or ()) and all(
-        any(covers(name, other) for other in found or ()) for name in wanted
-    )
 
 
 def verify_adapter(folder: Path) -> None:

@@ -253,15 +253,6 @@ def test_a_continued_adapter_trains_as_in_a_loop_by_hand(train, trained, sft_fil
             {"finetuning_type": "moelora", "moelora_preset": "gr_exact", "lora_rank": 2},
             "moelora_gate_rescale is 'exact', but the adapter in {} was trained with 'sqrt'",
         ),
-        (
-            {"finetuning_type": "moelora", "lora_target": "q_proj"},
-            "lora_target is ['q_proj'], but the adapter in {} was trained with "
-            "['down_proj', 'q_proj']",
-        ),
-        (
-            {"finetuning_type": "moelora", "additional_target": "embed_tokens"},
-            "additional_target is ['embed_tokens'], but the adapter in {} was trained with None",
-        ),
     ],
 )
 def test_a_continued_adapter_must_be_the_one_that_the_file_asks_for(

@@ -505,13 +505,6 @@ REFUSALS = {
 }
 
 
-# Of an adapter that goes on, which has its own modules.
-OTHER_MODULES = [
-    ({"target_modules": "q_proj"}, "target_modules is ['q_proj'], but the adapter in"),
-    ({"modules_to_save": "embed_tokens"}, "modules_to_save is ['embed_tokens'], but the adapter"),
-]
-
-
 @pytest.fixture(scope="module")
 def parsed(ms_swift, settings, accumulated, tmp_path_factory):
     """What swift's parser says to every case, in one start."""
@@ -526,14 +519,12 @@ def parsed(ms_swift, settings, accumulated, tmp_path_factory):
         python,
         {"argv": command_line(settings(**continued, moelora_preset="gr_exact"))},
         {"argv": command_line(settings(**continued, **OPTIONS, lora_rank=4))},
-        *({"argv": command_line(settings(**continued, **words))} for words, _ in OTHER_MODULES),
     ]
     folder = tmp_path_factory.mktemp("cases")
     (folder / "cases.json").write_text(json.dumps(cases))
     script = str(HERE / "ms_swift_arguments.py")
     ms_swift.run("python", script, str(folder / "cases.json"), str(folder / "answers.json"))
     names = [*CONFIGS, *REFUSALS, "from Python", "another adapter", "the same adapter"]
-    names += [f"other modules {i}" for i in range(len(OTHER_MODULES))]
     return dict(zip(names, json.loads((folder / "answers.json").read_text()), strict=True))
 
 
@@ -568,8 +559,6 @@ def test_two_adapters_are_not_put_into_one_another(ms_swift, by_plugin_file, acc
 def test_a_continued_adapter_must_be_the_one_that_is_asked_for(parsed):
     assert "error" not in parsed["the same adapter"]
     assert "moelora_gate_rescale is 'exact', but" in parsed["another adapter"]["message"]
-    for index, (_, said) in enumerate(OTHER_MODULES):
-        assert said in parsed[f"other modules {index}"]["message"]
 
 
 def test_without_the_hooks_an_option_is_told_where_to_go(ms_swift, settings):

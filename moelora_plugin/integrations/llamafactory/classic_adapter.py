@@ -64,7 +64,7 @@ def _set_up(module: Any, original: Callable[..., Any], call: inspect.BoundArgume
     if trains:
         if adapters and not call.arguments["finetuning_args"].create_new_adapter:
             path = model_args.adapter_name_or_path[-1]
-            _check_continued(mixture, call.arguments["finetuning_args"], adapters[path], path)
+            _check_continued(mixture, adapters[path], path)
         with _mixture_for_lora(module, mixture, call):
             return original(*call.args, **call.kwargs)
     if mixtures and model_args.export_dir is None:
@@ -105,9 +105,7 @@ def _local_folder(path: str, model_args: Any) -> Path:
     return Path(snapshot_download(path, allow_patterns=files, **options)) / within
 
 
-def _check_continued(
-    mixture: Mixture | None, arguments: Any, saved: PeftConfig | None, path: str
-) -> None:
+def _check_continued(mixture: Mixture | None, saved: PeftConfig | None, path: str) -> None:
     """The run must ask for the adapter that goes on; LLaMA-Factory would not compare them."""
     if mixture is None:
         if isinstance(saved, MoeLoraConfig):
@@ -123,16 +121,10 @@ def _check_continued(
             f"{path} is no mixture of LoRA experts and cannot go on as one; set "
             "create_new_adapter: true to merge it and train a mixture on top."
         )
-    # These two LLaMA-Factory has by now taken apart.
-    modules = {"modules_to_save": arguments.additional_target}
-    if not mixture.default_targets:
-        targets = arguments.lora_target
-        modules["target_modules"] = ALL_LINEAR if targets == [_ALL] else targets
     words = {field: word for word, field in (UNSET_BY_DEFAULT | OTHER_WORDS).items()}
-    words["target_modules"] = "lora_target"
     refuse_disagreement(
         mixture.options,
-        {**mixture.words, **modules},
+        mixture.words,
         saved.to_dict(),
         path,
         lambda field: words.get(field, PREFIX + field),

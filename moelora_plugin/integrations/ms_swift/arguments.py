@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping
 from dataclasses import MISSING, field, fields, make_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -158,7 +157,7 @@ def moelora_config(args: Any, **from_the_model: Any) -> MoeLoraConfig:
         # swift turns the text "true" into True on its way.
         if str(getattr(args, name, default)).lower() != str(default).lower():
             raise ConfigError(f"{name} does not go with tuner_type {TUNER_TYPE}: {remedy}.")
-    words = _set_words(args, _SWIFT_WORDS)
+    words = _set_words(args)
     if _command_line() is None:  # a default may be what was meant
         words = {key: getattr(args, name) for key, name in _SWIFT_WORDS.items()}
     return adapter_config(_options(args), {**words, **from_the_model})
@@ -194,15 +193,12 @@ def refuse_other_type(folder: str) -> dict[str, Any]:
 
 def _refuse_other_config(args: Any, folder: str) -> None:
     """An adapter that is trained on keeps its configuration: what is set must agree with it."""
-    words = {**_SWIFT_WORDS, **{name: name for name in _FROM_THE_MODEL}}
-    if args.target_regex:
-        words["target_modules"] = "target_regex"
     refuse_disagreement(
         _options(args),
-        _set_words(args, words),
+        _set_words(args),
         refuse_other_type(folder),
         folder,
-        lambda field: words.get(field, PREFIX + field),
+        lambda field: _SWIFT_WORDS.get(field, PREFIX + field),
     )
 
 
@@ -263,17 +259,12 @@ def _options(args: Any) -> dict[str, Any]:
     return {name: option_value(name, value, PREFIX + name) for name, value in options.items()}
 
 
-def _set_words(args: Any, words: Mapping[str, str]) -> dict[str, Any]:
-    """What was set in swift's words, which its dataclasses do not tell from a default.
-
-    Args:
-        args: swift's arguments.
-        words: fields of MoeLoraConfig -> swift's arguments for them.
-    """
+def _set_words(args: Any) -> dict[str, Any]:
+    """What was set in swift's words, which its dataclasses do not tell from a default."""
     named, defaults = _command_line() or set(), _defaults()
     return {
         key: getattr(args, name)
-        for key, name in words.items()
+        for key, name in _SWIFT_WORDS.items()
         if name in named or getattr(args, name) != defaults[name]
     }
 
