@@ -52,8 +52,10 @@ HOOKS: dict[str, str] = {
     ),
     "llamafactory.v1.core.base_trainer": "integrations.llamafactory.v1:register_trainer",
     "axolotl.cli.merge_lora": "integrations.axolotl:register_merge",
+    "axolotl.loaders.adapter": "integrations.axolotl:register_lora",
     "swift.arguments.tuner_args": "integrations.ms_swift:register_options",
     "swift.tuner_plugin.mapping": "integrations.ms_swift:register_tuner",
+    "swift.pipelines.train.tuner": "integrations.ms_swift:register_comparison",
     "swift.infer_engine.transformers_engine": "integrations.ms_swift:register_engine",
     "swift.optimizers.mapping": "integrations.ms_swift:register_optimizers",
     # It makes a new list of the Trainer's default callbacks.

@@ -260,25 +260,39 @@ def refuse_other_config(
             f"The checkpoint in {folder} holds an adapter of type {saved.get('peft_type')} and "
             f"this run trains one of type {PEFT_TYPE}; {_ANEW}."
         )
-    defaults = MoeLoraConfig().to_dict()
-    ours: dict[str, Any] = json.loads(json.dumps(config.to_dict(), default=list))
     names = [field.name for field in dataclasses.fields(MoeLoraConfig) if field.init]
-    for name in names:
-        if name in _MAY_DIFFER:
-            continue
-        wanted, found = ours[name], saved.get(name, defaults[name])
+    for name, wanted, found in differences(
+        config, saved, [name for name in names if name not in _MAY_DIFFER]
+    ):
         if name == "gate_rescale":
-            if not optimizer_is_built:
+            modes = {"none" if mode == "auto" else mode for mode in (wanted, found)}
+            if not optimizer_is_built or len(modes) == 1:
                 continue
-            wanted, found = ("none" if mode == "auto" else mode for mode in (wanted, found))
         if name == "target_modules" and not (isinstance(wanted, list) and isinstance(found, list)):
             continue  # a pattern and what it has found; the tensors' names tell
+        raise ConfigError(
+            f"{key_of(name)} is {wanted!r} in this run, and the checkpoint in {folder} was "
+            f"trained with {found!r}; set it back, or start anew without resuming"
+            f"{' (the optimizer decides it)' if name == 'gate_rescale' else ''}."
+        )
+
+
+def differences(
+    config: MoeLoraConfig, saved: Mapping[str, Any], names: Iterable[str]
+) -> Iterable[tuple[str, Any, Any]]:
+    """Where a configuration differs from a saved one: a field, its value, and the saved value.
+
+    Args:
+        config: a run's.
+        saved: as it stands in a file; a key that is missing stands for its default.
+        names: the fields to compare.
+    """
+    defaults = MoeLoraConfig().to_dict()
+    ours: dict[str, Any] = json.loads(json.dumps(config.to_dict(), default=list))
+    for name in names:
+        wanted, found = ours[name], saved.get(name, defaults[name])
         if _comparable(wanted) != _comparable(found):
-            raise ConfigError(
-                f"{key_of(name)} is {wanted!r} in this run, and the checkpoint in {folder} was "
-                f"trained with {found!r}; set it back, or start anew without resuming"
-                f"{' (the optimizer decides it)' if name == 'gate_rescale' else ''}."
-            )
+            yield name, wanted, found
 
 
 def _comparable(value: Any) -> Any:

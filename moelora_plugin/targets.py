@@ -27,6 +27,14 @@ from .fused_experts import FusedExperts, fused_experts
 from .layers.linear_maps import features, is_packed_linear, maps_rows, weights_read
 
 ALL_LINEAR = "all-linear"
+# The fields of a configuration that decide which modules are adapted.
+_CHOOSING = (
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "modules_to_save",
+)
 
 
 class Base:
@@ -132,6 +140,33 @@ def choose_targets(
     config.target_modules = ALL_LINEAR
     _expand(base, config, quiet=is_saved)
     config.target_modules = sorted({*config.target_modules, *named})
+
+
+def adapts_the_same(model: nn.Module, saved: Mapping[str, Any], targets: list[str] | str) -> bool:
+    """Whether other target modules would put a saved adapter on the modules that it is on.
+
+    Args:
+        model: the base, without adapters.
+        saved: the adapter's configuration, whose other keys that choose modules hold for both.
+        targets: names or an expression, read as a default: what the base has not, or what cannot
+            learn, is left out.
+
+    Raises:
+        ConfigError: the base has nothing of them.
+    """
+    chosen: dict[str, Any] = {key: saved.get(key) for key in _CHOOSING}
+    config = MoeLoraConfig(**chosen)
+    other = copy.copy(config)
+    other.target_modules = targets
+    other.targets_by_default = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ReachWarning)
+        choose_targets(model, other, {}, None, is_saved=False)
+    return all(
+        bool(check_target_module_exists(config, key))
+        == bool(check_target_module_exists(other, key))
+        for key in Base(model).modules
+    )
 
 
 def asks_for_all_linear(targets: Iterable[str] | str | None) -> bool:

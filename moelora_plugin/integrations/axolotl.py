@@ -209,7 +209,7 @@ class MoeLoraPlugin(BasePlugin):  # type: ignore[misc]
         if cfg.peft_autocast_adapter_dtype is not None:
             keywords["autocast_adapter_dtype"] = cfg.peft_autocast_adapter_dtype
         if cfg.lora_model_dir:
-            _refuse_other_adapter(cfg)
+            _refuse_other_adapter(cfg, model)
             adapted: PeftModel = PeftModel.from_pretrained(
                 model, cfg.lora_model_dir, is_trainable=not inference, **keywords
             )
@@ -243,6 +243,32 @@ def register_merge() -> None:
     merge_lora.merge_lora_sharded_efficient = merge_others
 
 
+def register_lora() -> None:
+    """Make `adapter: lora` refuse to go on with an adapter of ours, whose keys it would not read.
+
+    axolotl loads whatever `lora_model_dir` holds, and compares nothing with it.
+    """
+    from axolotl.loaders import adapter
+
+    load = adapter.load_lora
+    if hasattr(load, "moelora"):
+        return
+
+    @functools.wraps(load)
+    def load_others(model: Any, cfg: Any, *args: Any, **keywords: Any) -> Any:
+        folder = cfg.lora_model_dir
+        if folder and read_adapter_config(resolve_adapter(folder)).get("peft_type") == PEFT_TYPE:
+            raise ConfigError(
+                f"lora_model_dir={str(folder)!r} holds a mixture of LoRA experts; set adapter: "
+                f"{ADAPTER}, and plugins to a list with {MoeLoraPlugin.__module__}."
+                f"{MoeLoraPlugin.__name__}."
+            )
+        return load(model, cfg, *args, **keywords)
+
+    load_others.moelora = True  # type: ignore[attr-defined]
+    adapter.load_lora = load_others
+
+
 def _no_shard_merge(folder: Any) -> ExportError:
     return ExportError(
         "axolotl's merge-lora reads plain LoRA files, and a routed adapter is no weight update; "
@@ -257,14 +283,18 @@ def _adapter_config(cfg: Any) -> MoeLoraConfig:
     words, options = _words(cfg), _options(cfg)
     for field in options.keys() & words.keys():
         if options[field] != words[field]:
-            theirs = _OWN_WORDS[field]
-            if field == "target_modules" and cfg.lora_target_linear:
-                theirs = "lora_target_linear"
             raise ConfigError(
-                f"{theirs} and moelora.{field} name different values, {words[field]!r} and "
-                f"{options[field]!r}; remove one of the two."
+                f"{_word_of(cfg, field)} and moelora.{field} name different values, "
+                f"{words[field]!r} and {options[field]!r}; remove one of the two."
             )
     return adapter_config(options, words)
+
+
+def _word_of(cfg: Any, field: str) -> str:
+    """The key that sets a field of MoeLoraConfig."""
+    if field == "target_modules" and cfg.lora_target_linear:
+        return "lora_target_linear"
+    return _OWN_WORDS.get(field, f"moelora.{field}")
 
 
 def _words(cfg: Any) -> dict[str, Any]:
@@ -302,7 +332,7 @@ def _unset_dropout(cfg: Any) -> float:
     return float(fields.get("lora_dropout", MoeLoraConfig.lora_dropout))
 
 
-def _refuse_other_adapter(cfg: Any) -> None:
+def _refuse_other_adapter(cfg: Any, model: Any) -> None:
     """An adapter that is gone on with keeps its configuration: what is set must agree with it."""
     folder = cfg.lora_model_dir
     saved = read_adapter_config(resolve_adapter(folder))
@@ -317,7 +347,8 @@ def _refuse_other_adapter(cfg: Any) -> None:
         _words(cfg),
         saved,
         folder,
-        lambda field: _OWN_WORDS.get(field, f"moelora.{field}"),
+        lambda field: _word_of(cfg, field),
+        model,
     )
 
 

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from peft import PeftConfig
+from torch import nn
 
 from .. import MoeLoraConfig
 from ..checkpoint import verify_config, verify_weights
 from ..errors import ConfigError
 from ..lookup import given, nearest
 from ..presets import PRESETS
-from ..targets import asks_for_all_linear
+from ..run_guards import differences
+from ..targets import adapts_the_same
 
 DEFAULT_PRESET = "moe_lora"
 OUR_NAME = "moelora"
@@ -150,8 +152,9 @@ def refuse_disagreement(
     saved: Mapping[str, Any],
     folder: str | Path,
     key_of: Callable[[str], str],
+    model: nn.Module | None = None,
 ) -> None:
-    """An adapter that goes on keeps its configuration: what a run states must agree with it.
+    """A saved adapter keeps its configuration: what a run states must agree with it.
 
     Args:
         options: as in `adapter_config`.
@@ -159,6 +162,8 @@ def refuse_disagreement(
         saved: the adapter's configuration.
         folder: where it lies, for the error.
         key_of: the host's key for a field of MoeLoraConfig, for the error.
+        model: the base, which alone tells what target modules find; without it they are left for
+            another call.
 
     Raises:
         ConfigError: a field that the run sets, or that a preset it names sets, has another value.
@@ -166,12 +171,11 @@ def refuse_disagreement(
     asked = adapter_config(options, host_words)
     given = {key for key, value in {**host_words, **options}.items() if value is not None}
     stated = given | set(preset_fields(options) if options.get("preset") else ())
-    for field in sorted((stated - {"preset"}) & set(saved)):
-        wanted, found = getattr(asked, field), saved[field]
-        if wanted == found or (field == "gate_rescale" and wanted == "auto"):
+    for field, wanted, found in differences(asked, saved, sorted(stated - {"preset"})):
+        if field == "gate_rescale" and wanted == "auto":
             continue
-        if field == "target_modules" and (isinstance(wanted, str) or asks_for_all_linear(wanted)):
-            continue  # saved are the names that a pattern has found
+        if field == "target_modules" and (model is None or adapts_the_same(model, saved, wanted)):
+            continue
         raise ConfigError(
             f"{key_of(field)} is {wanted!r}, but the adapter in {folder} was trained with "
             f"{found!r} and keeps it; remove the key, or the preset that implies it."

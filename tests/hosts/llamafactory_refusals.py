@@ -1,4 +1,6 @@
-"""What LLaMA-Factory's own parser says to command lines and mappings; one line of JSON each.
+"""What LLaMA-Factory says to command lines and mappings; one line of JSON each.
+
+With "adapts" the model is made as well, and what its parser alone says is not all.
 
 python llamafactory_refusals.py cases.json
 """
@@ -13,6 +15,7 @@ import os
 import sys
 
 from llamafactory.hparams import get_infer_args, get_train_args
+from llamafactory.model import load_model, load_tokenizer
 
 
 def answer(case):
@@ -21,7 +24,12 @@ def answer(case):
     parse = get_infer_args if case.get("infer") else get_train_args
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            found = next(a for a in parse(case["args"]) if hasattr(a, "finetuning_type"))
+            parsed = parse(case["args"])
+            found = next(a for a in parsed if hasattr(a, "finetuning_type"))
+            if case.get("adapts"):
+                model_args = next(a for a in parsed if hasattr(a, "model_name_or_path"))
+                trains = case["args"]["do_train"]
+                load_model(load_tokenizer(model_args)["tokenizer"], model_args, found, trains)
     except (Exception, SystemExit) as error:
         return {"error": type(error).__name__, "message": str(error)}
     finally:

@@ -1,4 +1,6 @@
-"""What swift's parser makes of command lines, and of keywords from Python code.
+"""What swift makes of command lines, and its parser of keywords from Python code.
+
+Of a case with "adapts" the model is made as well.
 
 python ms_swift_arguments.py cases.json answers.json
 """
@@ -12,9 +14,8 @@ import sys
 from pathlib import Path
 
 from swift.arguments import SftArguments
+from swift.pipelines.train.sft import SwiftSft
 from swift.utils import parse_args
-
-from moelora_plugin.integrations.ms_swift.arguments import moelora_config, targets_are_the_presets
 
 
 def answer(case):
@@ -28,6 +29,16 @@ def answer(case):
             with contextlib.redirect_stderr(said):
                 args, left = parse_args(SftArguments)
             assert not left, left
+        if case.get("adapts"):
+            model, _ = args.get_model_processor()
+            SwiftSft.prepare_model(args, model)
+            return {}
+        # Late, as our arguments would be in swift's place when its hooks are off.
+        from moelora_plugin.integrations.ms_swift.arguments import (
+            moelora_config,
+            targets_are_the_presets,
+        )
+
         chosen = {"by_preset": targets_are_the_presets(args)}
         return {**moelora_config(args).to_dict(), **chosen}
     except SystemExit:  # argparse has said why

@@ -368,6 +368,27 @@ def test_a_packed_document_is_decided_about_as_it_is_alone(runs, router_input):
         torch.testing.assert_close(packed[key], alone[key], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("router_input", ["token", "sequence"])
+def test_a_packed_batch_has_the_loss_of_the_padded_one(runs, router_input):
+    found = []
+    for packs in (True, False):
+        output = runs.train(
+            f"{router_input}_loss_{packs}",
+            moelora={"router_input": router_input},
+            sample_packing=packs,
+            attn_implementation="sdpa",
+            sequence_len=1024,  # all rows in one
+            micro_batch_size=1 if packs else 16,
+            optim_args={"gate_lr": 1e-3, "damping": 1e-2},
+            num_epochs=3,
+            max_steps=3,
+        )
+        found.append(losses(output))
+    assert len(set(found[0])) == 3
+    # fp32 sums in another order, and two updates that go on from them.
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
 def test_continues_from_an_adapter(runs, accumulated, model_dir):
     # One update over all sixteen rows, so that the logged loss is theirs before any step.
     continued = runs.train(
@@ -397,11 +418,49 @@ def test_continues_from_an_adapter(runs, accumulated, model_dir):
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
+# Of the adapter with two auxiliary losses: what a run that goes on from it may say, and may not.
+CONTINUED = [
+    ({"moelora": {"num_experts": 4, "top_k": 2}}, None),
+    ({"lora_target_modules": ".*(q_proj|down_proj)"}, None),
+    ({"peft_use_rslora": False, "lora_dropout": None}, None),
+    ({"lora_r": 8}, "lora_r is 8, but {} 2"),
+    ({"lora_alpha": 8}, "lora_alpha is 8, but {} 4"),
+    ({"lora_dropout": 0.2}, "lora_dropout is 0.2, but {} 0.0"),
+    ({"lora_target_modules": ["q_proj"]}, "lora_target_modules is ['q_proj'], but {} ['down_proj'"),
+    (
+        {"lora_target_modules": None, "lora_target_linear": True},
+        "lora_target_linear is 'all-linear', but {} ['down_proj', 'q_proj']",
+    ),
+    ({"lora_modules_to_save": ["lm_head"]}, "lora_modules_to_save is ['lm_head'], but {} None"),
+    ({"peft_layers_to_transform": [0]}, "peft_layers_to_transform is [0], but {} None"),
+    ({"peft_use_rslora": True}, "peft_use_rslora is True, but {} False"),
+    ({"moelora": {"top_k": 1}}, "moelora.top_k is 1, but {} 2"),
+    ({"moelora": {"aux_losses": {"z": 0.1}}}, "moelora.aux_losses is {{'z': 0.1}}, but {} "),
+    ({"moelora": {"preset": "gr_exact"}}, "is 'exact', but {} 'sqrt'"),
+    ({"inference": True, "lora_r": 8}, "lora_r is 8, but {} 2"),
+    (
+        {"adapter": "lora", "moelora": None, "lora_r": 8},
+        "holds a mixture of LoRA experts; set adapter: moelora, and plugins to a list with "
+        "moelora_plugin.integrations.axolotl.MoeLoraPlugin.",
+    ),
+]
+
+
 def test_a_continued_adapter_keeps_its_configuration(runs, accumulated):
-    file = runs.config("other", lora_model_dir=str(accumulated), lora_r=8)
-    done = runs.host.run("axolotl", "train", str(file), *ONE, cwd=runs.folder, check=False)
-    assert done.returncode != 0
-    assert f"lora_r is 8, but the adapter in {accumulated} was trained with 2" in done.stderr
+    base = yaml.safe_load(runs.config("other", lora_model_dir=str(accumulated)).read_text())
+    del base["moelora"]
+    cases = [{**base, **change} for change, _ in CONTINUED]
+    (runs.folder / "continued.json").write_text(json.dumps(cases))
+    script = str(Path(__file__).with_name("axolotl_refusals.py"))
+    files = ("continued.json", "continued_answers.json")
+    runs.host.run("python", script, *files, "adapts", cwd=runs.folder)
+    answers = json.loads((runs.folder / files[1]).read_text())
+    where = f"the adapter in {accumulated} was trained with"
+    for (change, said), answer in zip(CONTINUED, answers, strict=True):
+        if said is None:
+            assert answer == "accepted", (change, answer)
+        else:
+            assert said.format(where) in answer, (change, answer)
 
 
 def test_dpo_trains_and_resumes_exactly(runs, preferred, model_dir):

@@ -15,6 +15,7 @@ from host_runs import (
     FAMILY,
     FAMILY_RANK,
     adapter_config,
+    adapter_tensors,
     assert_same_tensors,
     assert_trained_adapter,
     assert_trained_preset,
@@ -245,24 +246,88 @@ def test_a_continued_adapter_trains_as_in_a_loop_by_hand(train, trained, sft_fil
     assert losses(continued)[-1] != losses(continued)[0]
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"finetuning_type": "lora"}, "{} is a mixture of LoRA experts; set finetuning_type"),
-        (
-            {"finetuning_type": "moelora", "moelora_preset": "gr_exact", "lora_rank": 2},
-            "moelora_gate_rescale is 'exact', but the adapter in {} was trained with 'sqrt'",
-        ),
-    ],
-)
-def test_a_continued_adapter_must_be_the_one_that_the_file_asks_for(
-    llamafactory, config, trained, tmp_path, changes, said
-):
-    file = tmp_path / "train.yaml"
-    file.write_text(yaml.safe_dump(config(**changes, adapter_name_or_path=str(trained))))
-    done = llamafactory.run("llamafactory-cli", "train", str(file), check=False)
-    assert done.returncode != 0
-    assert f"ConfigError: {said.format(trained)}" in done.stderr
+# Of an adapter with `MIXTURE`'s keys: what a run that goes on from it may say, and what it may not.
+CONTINUED = {
+    "nothing": ({}, None),
+    "the same": (
+        {"moelora_top_k": 2, "moelora_num_experts": 4, "lora_rank": 2, "use_rslora": False},
+        None,
+    ),
+    "the same modules by other names": ({"lora_target": "self_attn.q_proj,mlp.down_proj"}, None),
+    "another type": (
+        {"finetuning_type": "lora"},
+        " is a mixture of LoRA experts; set finetuning_type: moelora to train it on.",
+    ),
+    "a preset": (
+        {"moelora_preset": "gr_exact", "lora_rank": 2},
+        "moelora_gate_rescale is 'exact', but {} 'sqrt'",
+    ),
+    "experts": ({"moelora_num_experts": 20}, "moelora_num_experts is 20, but {} 4"),
+    "top_k": ({"moelora_top_k": 1}, "moelora_top_k is 1, but {} 2"),
+    "rank": ({"lora_rank": 4}, "lora_rank is 4, but {} 2"),
+    "alpha": ({"lora_alpha": 32}, "lora_alpha is 32, but {} 16"),
+    "dropout": ({"lora_dropout": 0.3}, "lora_dropout is 0.3, but {} 0.0"),
+    "rslora": ({"use_rslora": True}, "use_rslora is True, but {} False"),
+    "whole modules": (
+        {"additional_target": "lm_head"},
+        "additional_target is ['lm_head'], but {} None",
+    ),
+    "fewer targets": (
+        {"lora_target": "q_proj"},
+        "lora_target is ['q_proj'], but {} ['down_proj', 'q_proj']",
+    ),
+    "all targets": ({"lora_target": "all"}, "lora_target is 'all-linear', but {} ['down"),
+    "new blocks": (
+        {"use_llama_pro": True, "freeze_trainable_layers": 1, "lora_target": None},
+        "lora_target is ",
+    ),
+    "pissa": ({"pissa_init": True}, "pissa_init does not go with finetuning_type: moelora"),
+    "dora": ({"use_dora": True}, "use_dora does not go with finetuning_type: moelora"),
+    "a new one on top": (
+        {"create_new_adapter": True},
+        "create_new_adapter: true merges the adapters before it into the base. The gates",
+    ),
+    "two mixtures": (
+        {"adapter_name_or_path": "{},{}"},
+        "adapter_name_or_path merges all adapters but the last into the base. The gates",
+    ),
+    "answering with other keys": (
+        {
+            "moelora_top_k": 1,
+            "do_train": False,
+            "do_predict": True,
+            "predict_with_generate": True,
+        },
+        "moelora_top_k is 1, but {} 2",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def continued(llamafactory, config, accumulated, tmp_path_factory):
+    """What LLaMA-Factory says to each of CONTINUED when it has the base, in one start."""
+    cases = []
+    for changes, _ in CONTINUED.values():
+        settings = {"adapter_name_or_path": "{}", "lora_target": None, **MOELORA, **changes}
+        path = settings["adapter_name_or_path"].replace("{}", str(accumulated))
+        settings = config(**{**settings, "adapter_name_or_path": path})
+        args = {key: value for key, value in settings.items() if value is not None}
+        cases.append({"args": args, "adapts": True})
+    file = tmp_path_factory.mktemp("continued") / "cases.json"
+    file.write_text(json.dumps(cases))
+    output = llamafactory.run("python", str(HERE / "llamafactory_refusals.py"), str(file)).stdout
+    return dict(zip(CONTINUED, json.loads(output.rpartition("ANSWERS")[2]), strict=True))
+
+
+@pytest.mark.parametrize("case", CONTINUED)
+def test_a_continued_adapter_must_be_the_one_that_the_file_asks_for(continued, accumulated, case):
+    said = CONTINUED[case][1]
+    if said is None:
+        assert "error" not in continued[case], continued[case]
+        return
+    where = f"the adapter in {accumulated} was trained with"
+    assert said.format(where) in continued[case]["message"], continued[case]
+    assert continued[case]["error"] in ("ConfigError", "ExportError")
 
 
 def question(sft_file: Path) -> str:
@@ -368,6 +433,26 @@ def test_kto_starts_from_the_base_as_reference(train):
     assert_trained_adapter(out, gate_rescale="sqrt", modules=MODULES)
     assert losses(out)[0] == pytest.approx(0.5, rel=1e-6)
     assert losses(out)[-1] != pytest.approx(0.5, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("stage", "dataset", "start"), [("dpo", "pairs", math.log(2)), ("kto", "kto", 0.5)]
+)
+def test_a_trained_adapter_is_its_own_reference(
+    train, accumulated, model_dir, stage, dataset, start
+):
+    """`adapter_name_or_path` goes on training, `ref_model_adapters` stands still."""
+    changes = {**MIXTURE, "stage": stage, "dataset": dataset, "pref_beta": 0.5}
+    changes |= {"adapter_name_or_path": str(accumulated), "moelora_aux_losses": AUX}
+    out = train(**changes, ref_model=str(model_dir), ref_model_adapters=str(accumulated))
+    assert losses(out)[0] == pytest.approx(start, rel=1e-6)
+    assert len(set(losses(out))) == len(losses(out))
+    before, after = adapter_tensors(accumulated), adapter_tensors(out)
+    assert after.keys() == before.keys()
+    assert not any(torch.equal(after[name], before[name]) for name in before)
+    # Without one LLaMA-Factory switches the adapter off: the base is the reference.
+    alone = train(**changes, max_steps=1)
+    assert losses(alone)[0] != pytest.approx(start, rel=1e-3)
 
 
 def test_pretraining(train):

@@ -61,6 +61,10 @@ def command_line(settings: dict) -> list[str]:
     return words
 
 
+def plugin_file(ms_swift) -> Path:
+    return ms_swift.moelora / "moelora_plugin/integrations/ms_swift/external_plugin.py"
+
+
 @pytest.fixture(scope="module")
 def settings(model_dir, sft_file, tmp_path_factory):
     """A run's arguments; `output_dir` is a new folder."""
@@ -125,12 +129,11 @@ def accumulated(train) -> Path:
 @pytest.fixture(scope="module")
 def by_plugin_file(train, ms_swift) -> Path:
     """Without the hooks: the adapter by `--external_plugins`, its options in `model_kwargs`."""
-    file = ms_swift.moelora / "moelora_plugin/integrations/ms_swift/external_plugin.py"
     return train(
         **ADAPTER,
         **OPTIMIZER,
         model_kwargs={**OPTIONS, "moelora_aux_losses": {"z": 0.0}},
-        external_plugins=file,
+        external_plugins=plugin_file(ms_swift),
         host={"env": {"MOELORA_AUTOLOAD": "0"}},
     )
 
@@ -557,13 +560,65 @@ def test_two_adapters_are_not_put_into_one_another(ms_swift, by_plugin_file, acc
 
 
 def test_a_continued_adapter_must_be_the_one_that_is_asked_for(parsed):
+    """Before the base is there."""
     assert "error" not in parsed["the same adapter"]
     assert "moelora_gate_rescale is 'exact', but" in parsed["another adapter"]["message"]
 
 
+# Of an adapter with `OPTIONS` on q_proj and down_proj: what a run that goes on from it may say, and
+# what it may not. All of it works without the hooks too.
+CONTINUED = [
+    ({}, None),
+    ({"model_kwargs": OPTIONS, "lora_rank": 4, "use_rslora": False}, None),
+    ({"target_modules": ["self_attn.q_proj", "mlp.down_proj"]}, None),
+    ({"target_regex": ".*(q_proj|down_proj)"}, None),
+    ({"model_kwargs": {**OPTIONS, "moelora_top_k": 1}}, "moelora_top_k is 1, but {} 2"),
+    ({"lora_rank": 8}, "lora_rank is 8, but {} 4"),
+    ({"lora_alpha": 32}, "lora_alpha is 32.0, but {} 16"),
+    ({"lora_dropout": 0.3}, "lora_dropout is 0.3, but {} 0.0"),
+    ({"use_rslora": True}, "use_rslora is True, but {} False"),
+    ({"lora_bias": "all"}, "lora_bias is 'all', but {} 'none'"),
+    (
+        {"target_modules": ["q_proj"]},
+        "target_modules is ['q_proj'], but {} ['down_proj', 'q_proj']",
+    ),
+    ({"target_modules": "all-linear"}, "target_modules is 'all-linear', but {} ['down_proj'"),
+    ({"target_regex": ".*q_proj"}, "target_regex is '.*q_proj', but {} ['down_proj', 'q_proj']"),
+    ({"modules_to_save": ["lm_head"]}, "modules_to_save is ['lm_head'], but {} None"),
+    ({"tuner_type": "lora"}, "holds a mixture of LoRA experts; set tuner_type moelora to train it"),
+    ({"tuner_type": "full"}, "holds a mixture of LoRA experts; set tuner_type moelora to train it"),
+]
+
+
+@pytest.mark.parametrize("hooks", ["1", "0"])
+@pytest.mark.parametrize("key", ["adapters", "resume_from_checkpoint"])
+def test_a_continued_adapter_keeps_its_configuration(
+    ms_swift, settings, by_plugin_file, tmp_path, key, hooks
+):
+    own = {} if hooks == "1" else {"external_plugins": plugin_file(ms_swift)}
+    own |= {"tuner_type": "moelora", key: by_plugin_file}
+    cases = [
+        {"argv": command_line(settings(**{**own, **change})), "adapts": True}
+        for change, _ in CONTINUED
+    ]
+    files = [str(tmp_path / name) for name in ("cases.json", "answers.json")]
+    Path(files[0]).write_text(json.dumps(cases))
+    script = str(HERE / "ms_swift_arguments.py")
+    ms_swift.run("python", script, *files, env={"MOELORA_AUTOLOAD": hooks})
+    where = f"the adapter in {by_plugin_file} was trained with"
+    for (change, said), answer in zip(
+        CONTINUED, json.loads(Path(files[1]).read_text()), strict=True
+    ):
+        if said is None:
+            assert "error" not in answer, (change, answer)
+        else:
+            assert answer.get("error") == "ConfigError", (change, answer)
+            assert said.format(where) in answer["message"], (change, answer)
+
+
 def test_without_the_hooks_an_option_is_told_where_to_go(ms_swift, settings):
-    file = ms_swift.moelora / "moelora_plugin/integrations/ms_swift/external_plugin.py"
-    arguments = settings(tuner_type="moelora", external_plugins=file, moelora_num_experts=4)
+    options = {"external_plugins": plugin_file(ms_swift), "moelora_num_experts": 4}
+    arguments = settings(tuner_type="moelora", **options)
     off = {"MOELORA_AUTOLOAD": "0"}
     done = ms_swift.run("swift", "sft", *command_line(arguments), env=off, check=False)
     assert done.returncode != 0

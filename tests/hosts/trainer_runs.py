@@ -4,7 +4,8 @@
 
 `runs.json` lists runs; each is a mapping:
 
-    trainer        "trainer", "sft" or "dpo"
+    trainer        "trainer", or TRL's: "sft", "dpo", "kto" (every other answer is a wrong one) or
+                   "grpo" (rewards differ, and say nothing)
     model, data    a base model's folder, a JSONL file
     rows           use only the first so many rows
     adapter        fields of MoeLoraConfig, and `preset`; without it the run is one of plain LoRA
@@ -12,7 +13,7 @@
     continue_from  an adapter to go on with in place of a new one
     random_b       start from experts that do something already
     by_hand        coefficients of auxiliary losses to add to the loss here, outside of the adapter
-    arguments      of TrainingArguments, SFTConfig or DPOConfig
+    arguments      of TrainingArguments, SFTConfig, DPOConfig, ...
     resume         a checkpoint
     refused        the run is expected to fail; what is said is left in refused.txt
 
@@ -124,6 +125,10 @@ def by_hand(trainer_class, coefficients):
     return ByHand
 
 
+def letters(completions, **_):
+    return [sum(map(ord, text)) % 7 / 7 for text in completions]
+
+
 def build(run):
     """The trainer of a run."""
     tokenizer = AutoTokenizer.from_pretrained(run["model"])
@@ -152,6 +157,22 @@ def build(run):
         from trl import DPOTrainer as trainer_class
 
         extra = {"peft_config": config}
+    elif run["trainer"] == "kto":
+        try:
+            from trl import KTOConfig as Arguments
+            from trl import KTOTrainer as trainer_class
+        except ImportError:  # before TRL 1.0
+            from trl.experimental.kto import KTOConfig as Arguments
+            from trl.experimental.kto import KTOTrainer as trainer_class
+
+        rows = rows.add_column("label", [n % 2 == 0 for n in range(len(rows))])
+        extra = {"peft_config": config}
+    elif run["trainer"] == "grpo":
+        from trl import GRPOConfig as Arguments
+        from trl import GRPOTrainer as trainer_class
+
+        rows = rows.select_columns(["prompt"])
+        extra = {"peft_config": config, "reward_funcs": letters}
     else:
         Arguments, trainer_class = TrainingArguments, Trainer
         pad_token_id = tokenizer.pad_token_id

@@ -15,9 +15,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_llama, tiny_tokenizer
-from transformers import LlamaConfig, LlamaForTokenClassification
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification
 
-from moelora_plugin import RiemannianAdamW, RiemannianSGD, autoload
+from moelora_plugin import MoeLoraConfig, RiemannianAdamW, RiemannianSGD, autoload
 from moelora_plugin.checkpoint import save_adapter
 from moelora_plugin.errors import ConfigError, ExportError
 from moelora_plugin.model import find_tuner, moelora_layers
@@ -60,6 +60,7 @@ FILES = {
     "plugins/model_plugins/peft.py": FAMILY.format("PeftPlugin")
     + """
 from types import SimpleNamespace
+def load_adapter(model, adapter_name_or_path, is_train): return "loaded"
 def get_args(config): return SimpleNamespace(peft_config=config), None, None, None
 def merge_and_export_model(config):
     "v1's own."
@@ -155,12 +156,25 @@ def test_options_become_the_adapter(adapted):
     assert len(moelora_layers(every)) == 14
 
 
-def test_a_reward_model_keeps_its_head(adapted):
+def test_a_reward_model_keeps_its_head(adapted, tmp_path):
     torch.manual_seed(0)
     tiny = LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, vocab_size=64,
                        num_attention_heads=2, num_labels=1)  # fmt: skip
     model = adapted(LlamaForTokenClassification(tiny), **SMALL)
     assert model.base_model.model.score.modules_to_save["default"].weight.requires_grad
+    save_adapter(model, tmp_path / "reward")
+    path = str(tmp_path / "reward")
+    further = adapted(LlamaForTokenClassification(tiny), adapter_name_or_path=path, **SMALL)
+    heads = [m.base_model.model.score.modules_to_save["default"].weight for m in (model, further)]
+    assert heads[1].requires_grad
+    assert torch.equal(*heads)
+    # An adapter of SFT has none, which PEFT would find out with a KeyError.
+    save_adapter(adapted(LlamaForCausalLM(tiny), **SMALL), tmp_path / "sft")
+    path = str(tmp_path / "sft")
+    with pytest.raises(
+        ConfigError, match=r"sft' was not trained as a reward model and has no head"
+    ):
+        adapted(LlamaForTokenClassification(tiny), adapter_name_or_path=path, **SMALL)
 
 
 @pytest.mark.parametrize(
@@ -214,6 +228,29 @@ def test_an_adapter_of_another_kind(adapted, tmp_path):
     get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="of type LORA; set peft_config's name to lora"):
         adapted(tiny_llama(), adapter_name_or_path=str(tmp_path))
+
+
+@pytest.mark.parametrize("is_train", [True, False])
+def test_a_saved_adapter_keeps_its_configuration(adapted, tmp_path, is_train):
+    folder = tmp_path / "adapter"
+    save_adapter(adapted(tiny_llama(), **SMALL), folder)
+    for key, value in {"top_k": 1, "lora_alpha": 3, "use_rslora": True, "target_modules": "all",
+                       "modules_to_save": "lm_head", "init": "pissa"}.items():  # fmt: skip
+        options = {**SMALL, key: value}
+        with pytest.raises(ConfigError, match=rf"^peft_config's {key} is .* was trained with .*"):
+            adapted(tiny_llama(), is_train, adapter_name_or_path=str(folder), **options)
+
+
+def test_plain_lora_does_not_train_a_mixture_on(v1, tmp_path):
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    config = MoeLoraConfig(num_experts=2, top_k=1, target_modules=["q_proj"])
+    get_peft_model(tiny_llama(), config).save_pretrained(ours)
+    get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(theirs)
+    for path, trains in ((theirs, True), ([str(theirs)], True), (ours, False), ("a hub/id", True)):
+        assert v1.peft.load_adapter(None, path, trains) == "loaded"
+    for path in (ours, [str(ours)]):
+        with pytest.raises(ConfigError, match=r"is a mixture .* set peft_config's name to moelora"):
+            v1.peft.load_adapter(None, path, True)
 
 
 def test_merge(v1):

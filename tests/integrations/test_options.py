@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import yaml
+from tiny import tiny_llama
 
 from moelora_plugin import MoeLoraConfig
 from moelora_plugin.errors import ConfigError
@@ -63,7 +64,7 @@ def test_what_agrees_with_the_saved_adapter_passes(options, words):
         ({}, {"r": 8}, "key_r is 8, but the adapter in out was trained with 3 and keeps it"),
         ({"gate_rescale": "none"}, {}, "key_gate_rescale is 'none', .* trained with 'sqrt'"),
         ({"preset": "gr_moe_lora"}, {}, "is 20, .* remove the key, or the preset that implies it"),
-        ({}, {"target_modules": ["q_proj"]}, r"is \['q_proj'\], .* \['q_proj', 'v_proj'\]"),
+        ({"preset": "mola"}, {}, "remove the key, or the preset that implies it"),
     ],
 )
 def test_what_disagrees_is_refused(options, words, message):
@@ -71,6 +72,53 @@ def test_what_disagrees_is_refused(options, words, message):
     words = {**words, **({"top_k": 2} if "num_experts" in options else {})}
     with pytest.raises(ConfigError, match=message):
         refuse_disagreement(options, words, SAVED, "out", lambda field: f"key_{field}")
+
+
+def test_a_key_that_the_file_leaves_out_stands_for_its_default():
+    saved = {key: value for key, value in SAVED.items() if key != "bias"}
+    refuse_disagreement({}, {"bias": "none"}, saved, "out", str)
+    with pytest.raises(ConfigError, match=r"bias is 'moelora_only', but .* trained with 'none'"):
+        refuse_disagreement({}, {"bias": "moelora_only"}, saved, "out", str)
+
+
+SAVED_HALF = {**SAVED, "layers_to_transform": [1]}
+FULL = [f"model.layers.{i}.self_attn.{name}_proj" for i in (0, 1) for name in "qv"]
+
+
+@pytest.mark.parametrize(
+    ("saved", "targets"),
+    [
+        (SAVED, ["v_proj", "q_proj"]),
+        (SAVED, ["self_attn.v_proj", "self_attn.q_proj"]),
+        (SAVED, FULL),
+        (SAVED, r".*\.(q|v)_proj"),
+        (SAVED, ["q_proj", "v_proj", "no_such_module"]),  # as a preset's list may have
+        (SAVED_HALF, ["q_proj", "v_proj"]),
+        ({**SAVED, "target_modules": FULL}, ["q_proj", "v_proj"]),
+        ({**SAVED, "target_modules": "all-linear"}, "all-linear"),
+    ],
+)
+def test_target_modules_agree_where_they_find_the_same(saved, targets):
+    refuse_disagreement({}, {"target_modules": targets}, saved, "out", str, tiny_llama())
+
+
+@pytest.mark.parametrize("saved", [SAVED, SAVED_HALF])
+@pytest.mark.parametrize(
+    "targets",
+    [
+        ["q_proj"],
+        ["q_proj", "v_proj", "down_proj"],
+        "all-linear",
+        ["all-linear"],
+        r".*\.[qvk]_proj",
+        r".*layers\.0.*\.(q|v)_proj",
+    ],
+)
+def test_target_modules_that_find_others_are_refused_with_both(saved, targets):
+    with pytest.raises(ConfigError, match=r"^key is .*out was trained with \['q_proj', 'v_proj'\]"):
+        refuse_disagreement(
+            {}, {"target_modules": targets}, saved, "out", lambda _: "key", tiny_llama()
+        )
 
 
 def test_the_options_of_a_host_are_the_fields_it_has_no_word_for():

@@ -35,10 +35,15 @@ from ..options import (
 FINETUNING_TYPE = "moelora"
 PREFIX = "moelora_"
 
-# LLaMA-Factory's words for fields of MoeLoraConfig. The first three have defaults there, which our
-# subclass takes out to tell what a run has set from what the preset decides.
-UNSET_BY_DEFAULT = {"lora_rank": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
-OTHER_WORDS = {"use_rslora": "use_rslora", "additional_target": "modules_to_save"}
+# LLaMA-Factory's words for fields of MoeLoraConfig. The first have defaults there, which our
+# subclass takes out to tell what a run has set from what the preset or a saved adapter decides.
+UNSET_BY_DEFAULT = {
+    "lora_rank": "r",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "use_rslora": "use_rslora",
+}
+OTHER_WORDS = {"additional_target": "modules_to_save", "lora_target": "target_modules"}
 
 _OFT = "it is for finetuning_type: oft"
 _FREEZE = "it is for finetuning_type: freeze; additional_target names modules that train whole"
@@ -117,7 +122,8 @@ class _ArgumentsBase(FinetuningArguments):  # type: ignore[misc]
     def _take_mixture(self, options: dict[str, Any]) -> None:
         self._refuse_what_does_not_fit()
         words = {field: getattr(self, word) for word, field in UNSET_BY_DEFAULT.items()}
-        words["use_rslora"] = self.use_rslora or None
+        if self.additional_target:  # LLaMA-Factory makes a list of it next
+            words["modules_to_save"] = [n.strip() for n in self.additional_target.split(",")]
         self.mixture = Mixture(
             options,
             {key: value for key, value in words.items() if value is not None},
@@ -178,7 +184,6 @@ def _read_known(read: Callable[..., Any]) -> Callable[..., Any]:
         keys = found if isinstance(found, dict) else [w.removeprefix("--") for w in words]
         known = [f.name for f in dataclasses.fields(_arguments()) if f.name.startswith(PREFIX)]
         host = {f: word for word, f in (UNSET_BY_DEFAULT | OTHER_WORDS).items()}
-        host["target_modules"] = "lora_target"
         refuse_unknown_keys(keys, known, f"{PREFIX}{{}}".format, host)
         return found
 
@@ -191,7 +196,7 @@ def _arguments() -> type:
     """LLaMA-Factory's finetuning arguments with a key for every option it has none for."""
     hosts = {field.name: field for field in dataclasses.fields(FinetuningArguments)}
     host_hints = get_type_hints(FinetuningArguments)
-    words = {*UNSET_BY_DEFAULT.values(), *OTHER_WORDS.values(), "target_modules"}
+    words = {*UNSET_BY_DEFAULT.values(), *OTHER_WORDS.values()}
     fields = []
     for name, hint in option_types(words).items():
         text = f"{name} of MoeLoraConfig (default: the preset's)."

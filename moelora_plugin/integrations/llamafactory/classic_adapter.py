@@ -7,6 +7,7 @@ the adapter is left unmerged.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterator
@@ -19,12 +20,19 @@ from peft import PeftConfig, PeftModel
 
 from ... import MoeLoraConfig
 from ...checkpoint import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE
-from ...errors import ConfigError
+from ...errors import ConfigError, ExportError
 from ...targets import ALL_LINEAR
 from ..options import preset_fields, refuse_disagreement, verify_adapter
 from .classic import FINETUNING_TYPE, OTHER_WORDS, PREFIX, UNSET_BY_DEFAULT, Mixture
 
 _ALL = "all"  # LLaMA-Factory's word for "all-linear"
+# Keys of LLaMA-Factory that choose among the targets.
+_CHOOSE_TARGETS = (
+    "use_llama_pro",
+    "freeze_vision_tower",
+    "freeze_multi_modal_projector",
+    "freeze_language_model",
+)
 _REFUSED_LOADERS = {
     "use_unsloth": "Unsloth builds LoRA layers of its own",
     "use_kt": "KTransformers builds LoRA layers of its own",
@@ -62,11 +70,19 @@ def _set_up(module: Any, original: Callable[..., Any], call: inspect.BoundArgume
     for path in mixtures:
         verify_adapter(_local_folder(path, model_args))
     if trains:
-        if adapters and not call.arguments["finetuning_args"].create_new_adapter:
+        goes_on = adapters and not call.arguments["finetuning_args"].create_new_adapter
+        if goes_on:
             path = model_args.adapter_name_or_path[-1]
-            _check_continued(mixture, adapters[path], path)
+            _check_continued(module, mixture, adapters[path], path, call)
         with _mixture_for_lora(module, mixture, call):
-            return original(*call.args, **call.kwargs)
+            try:
+                return original(*call.args, **call.kwargs)
+            except ExportError as error:
+                key = "adapter_name_or_path" if goes_on else "create_new_adapter: true"
+                which = "all adapters but the last" if goes_on else "the adapters before it"
+                raise ExportError(f"{key} merges {which} into the base. {error}") from error
+    for path in mixtures if mixture is not None else ():
+        _check_continued(module, mixture, adapters[path], path, call)
     if mixtures and model_args.export_dir is None:
         module.logger.info_rank0(f"Unmerged mixtures of LoRA experts: {', '.join(mixtures)}")
         return _load_unmerged(original, call, mixtures)
@@ -105,7 +121,13 @@ def _local_folder(path: str, model_args: Any) -> Path:
     return Path(snapshot_download(path, allow_patterns=files, **options)) / within
 
 
-def _check_continued(mixture: Mixture | None, saved: PeftConfig | None, path: str) -> None:
+def _check_continued(
+    module: Any,
+    mixture: Mixture | None,
+    saved: PeftConfig | None,
+    path: str,
+    call: inspect.BoundArguments,
+) -> None:
     """The run must ask for the adapter that goes on; LLaMA-Factory would not compare them."""
     if mixture is None:
         if isinstance(saved, MoeLoraConfig):
@@ -121,13 +143,14 @@ def _check_continued(mixture: Mixture | None, saved: PeftConfig | None, path: st
             f"{path} is no mixture of LoRA experts and cannot go on as one; set "
             "create_new_adapter: true to merge it and train a mixture on top."
         )
-    words = {field: word for word, field in (UNSET_BY_DEFAULT | OTHER_WORDS).items()}
+    keys = {field: word for word, field in (UNSET_BY_DEFAULT | OTHER_WORDS).items()}
     refuse_disagreement(
         mixture.options,
-        mixture.words,
+        {**mixture.words, "target_modules": _stated_targets(module, mixture, call)},
         saved.to_dict(),
         path,
-        lambda field: words.get(field, PREFIX + field),
+        lambda field: keys.get(field, PREFIX + field),
+        call.arguments["model"],
     )
 
 
@@ -141,15 +164,11 @@ def _mixture_for_lora(
         return
 
     def lora_config(**lora: Any) -> MoeLoraConfig:
-        preset = preset_fields(mixture.options).get("target_modules")
-        asks_for_all = call.arguments["finetuning_args"].lora_target == [_ALL]
-        if mixture.default_targets and isinstance(preset, list):
-            lora.pop("target_modules")
-        elif asks_for_all and _is_unnarrowed(module, lora["target_modules"], call):
-            lora["target_modules"] = ALL_LINEAR
-        fields = ("target_modules", "modules_to_save", "task_type", "inference_mode")
-        config = mixture.config(**{key: lora[key] for key in fields if key in lora})
-        config.targets_by_default |= asks_for_all  # nobody named what LLaMA-Factory has found
+        targets = _targets(module, mixture, call, lora["target_modules"])
+        fields = {k: lora[k] for k in ("modules_to_save", "task_type", "inference_mode")}
+        config = mixture.config(**fields, target_modules=targets)
+        # Nobody named what LLaMA-Factory has found.
+        config.targets_by_default |= call.arguments["finetuning_args"].lora_target == [_ALL]
         module.logger.info_rank0(f"Mixture of LoRA experts: {config}")
         return config
 
@@ -158,6 +177,32 @@ def _mixture_for_lora(
         yield
     finally:
         module.LoraConfig = original
+
+
+def _stated_targets(module: Any, mixture: Mixture, call: inspect.BoundArguments) -> Any:
+    """What the run's keys would make a new adapter's targets; None where they name none."""
+    arguments = call.arguments["finetuning_args"]
+    defaults = {field.name: field.default for field in dataclasses.fields(arguments)}
+    named = mixture.options.get("preset") and preset_fields(mixture.options).get("target_modules")
+    chosen = any(getattr(arguments, key) != defaults[key] for key in _CHOOSE_TARGETS)
+    if mixture.default_targets and not chosen and named is None:
+        return None
+    model, found = call.arguments["model"], arguments.lora_target
+    if found == [_ALL]:
+        found = module.find_all_linear_modules(model, arguments.freeze_vision_tower)
+    if arguments.use_llama_pro:
+        found = module.find_expanded_modules(model, found, arguments.freeze_trainable_layers)
+    found = module.patch_target_modules(model, arguments, found)
+    return _targets(module, mixture, call, found)
+
+
+def _targets(module: Any, mixture: Mixture, call: inspect.BoundArguments, found: Any) -> Any:
+    """The adapter's targets, of what LLaMA-Factory has found; None where the preset lists them."""
+    preset = preset_fields(mixture.options).get("target_modules")
+    if mixture.default_targets and isinstance(preset, list):
+        return None
+    asks_for_all = call.arguments["finetuning_args"].lora_target == [_ALL]
+    return ALL_LINEAR if asks_for_all and _is_unnarrowed(module, found, call) else found
 
 
 def _is_unnarrowed(module: Any, targets: Any, call: inspect.BoundArguments) -> bool:

@@ -16,9 +16,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, TaskType, get_peft_model
 
-from ...checkpoint import read_adapter_config, resolve_adapter
+from ...checkpoint import CONFIG_FILE, read_adapter_config, resolve_adapter
 from ...config import PEFT_TYPE, MoeLoraConfig
 from ...errors import ConfigError, ExportError, MissingDependencyError
 from ...hf_trainer import optimizer_arguments
@@ -41,10 +41,13 @@ _NUMBERS = {f.name for f in fields(MoeLoraConfig) if type(f.default) in (int, fl
 
 
 def register_adapter() -> None:
-    """Make v1 know `peft_config: {name: moelora}`, and its `merge` say what to do instead."""
+    """Make v1 know `peft_config: {name: moelora}`, and its own LoRA say what to do instead."""
     from llamafactory.v1.plugins.model_plugins import peft
 
     peft.PeftPlugin(ADAPTER).register()(adapted_model)
+    load = peft.load_adapter
+    if not hasattr(load, "moelora"):
+        peft.load_adapter = _load_of_plain_lora(load)
     merge = peft.merge_and_export_model
     if not hasattr(merge, "moelora"):
         peft.merge_and_export_model = _merge_that_explains(merge, peft.get_args)
@@ -150,9 +153,14 @@ def adapted_model(
         )
     if path:
         folder = _adapter_folder(path)
-        if is_train:
-            saved = read_adapter_config(folder)
-            refuse_disagreement(options, {}, saved, folder, lambda field: f"peft_config's {field}")
+        saved = read_adapter_config(folder)
+        key_of = "peft_config's {}".format
+        refuse_disagreement(options, {}, saved, folder, key_of, model)
+        if new.task_type == TaskType.TOKEN_CLS and saved.get("task_type") != new.task_type:
+            raise ConfigError(
+                f"adapter_name_or_path={str(folder)!r} was not trained as a reward model and has "
+                "no head for scores; remove it to train a new adapter with one."
+            )
         return PeftModel.from_pretrained(model, str(folder), is_trainable=is_train)
     if not is_train:
         raise ConfigError(
@@ -277,6 +285,27 @@ def _text(message: Mapping[str, Any], eos: str = "") -> str:
         )
     end = eos if message["role"] == "assistant" else ""
     return "".join(part["value"] for part in message["content"]) + end
+
+
+def _load_of_plain_lora(load: Callable[..., Any]) -> Any:
+    """v1's loader for `name: lora`, which would train whatever it finds and compare nothing."""
+
+    @functools.wraps(load)
+    def load_plain(model: Any, adapter_name_or_path: Any, is_train: bool) -> Any:
+        paths = adapter_name_or_path
+        for path in paths if isinstance(paths, list) else [paths]:
+            folder = Path(str(path))
+            if not is_train or not (folder / CONFIG_FILE).is_file():
+                continue  # v1 merges what it does not train, which our layers judge
+            if read_adapter_config(folder).get("peft_type") == PEFT_TYPE:
+                raise ConfigError(
+                    f"{folder} is a mixture of LoRA experts; set peft_config's name to {ADAPTER} "
+                    "to train it on."
+                )
+        return load(model, adapter_name_or_path, is_train)
+
+    load_plain.moelora = True  # type: ignore[attr-defined]
+    return load_plain
 
 
 def _merge_that_explains(merge: Callable[..., Any], get_args: Callable[..., Any]) -> Any:

@@ -28,6 +28,7 @@ def register() -> None:
     registration.register_optimizers()
     registration.register_callbacks()
     register_tuner()
+    register_comparison()
     register_engine()
     register_optimizers()
 
@@ -40,6 +41,28 @@ def register_tuner() -> None:
     from .tuner import MoeLoraTuner
 
     tuners_map.setdefault(TUNER_TYPE, MoeLoraTuner)
+
+
+def register_comparison() -> None:
+    """Make swift's training commands compare a run with the adapter that it goes on from.
+
+    Where swift loads one, it tells the tuner nothing of the run.
+    """
+    from swift.pipelines.train.tuner import TunerMixin
+
+    from .tuner import refuse_other_adapter
+
+    prepare = TunerMixin.prepare_model.__func__
+    if hasattr(prepare, "moelora"):
+        return
+
+    @functools.wraps(prepare)
+    def prepare_compared(cls: Any, args: Any, model: Any, **keywords: Any) -> Any:
+        refuse_other_adapter(args, model)
+        return prepare(cls, args, model, **keywords)
+
+    prepare_compared.moelora = True  # type: ignore[attr-defined]
+    TunerMixin.prepare_model = classmethod(prepare_compared)  # type: ignore[arg-type]
 
 
 def register_optimizers() -> None:

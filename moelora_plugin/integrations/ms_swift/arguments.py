@@ -105,6 +105,7 @@ class _Checked(TunerArguments):  # type: ignore[misc]
             refuse_optimizer_conflicts(self)
         options = _options(self)
         if self.tuner_type != TUNER_TYPE:
+            refuse_mixture(self)
             if options:
                 raise ConfigError(
                     f"{PREFIX}{next(iter(options))} goes with tuner_type {TUNER_TYPE}, not with "
@@ -112,9 +113,8 @@ class _Checked(TunerArguments):  # type: ignore[misc]
                 )
             return
         moelora_config(self)  # what is wrong is said before the model is loaded
-        for folder in (self.resume_from_checkpoint, *self.adapters):
-            if folder:
-                _refuse_other_config(self, folder)
+        for folder in _saved_adapters(self):
+            refuse_other_config(self, folder)
 
 
 # What all of swift's training arguments inherit, with our options. Where none is set, it does what
@@ -168,10 +168,20 @@ def targets_are_the_presets(args: Any) -> bool:
 
     A preset's "all-linear" is swift's own default, which leaves out a frozen vision tower.
     """
-    named = _command_line_words() & {"target_modules", "target_regex"}
-    chosen = args.target_modules != _defaults()["target_modules"]
     listed = isinstance(preset_fields(_options(args)).get("target_modules"), list)
-    return listed and not named and not chosen
+    return listed and not _names_targets(args)
+
+
+def states_targets(args: Any) -> bool:
+    """Whether the run says, itself or by a preset that it names, which modules are adapted."""
+    options = _options(args)
+    by_preset = options.get("preset") and preset_fields(options).get("target_modules") is not None
+    return bool(by_preset) or _names_targets(args)
+
+
+def _names_targets(args: Any) -> bool:
+    named = _command_line_words() & {"target_modules", "target_regex"}
+    return bool(named) or args.target_modules != _defaults()["target_modules"]
 
 
 def refuse_other_type(folder: str) -> dict[str, Any]:
@@ -191,15 +201,51 @@ def refuse_other_type(folder: str) -> dict[str, Any]:
     return saved
 
 
-def _refuse_other_config(args: Any, folder: str) -> None:
-    """An adapter that is trained on keeps its configuration: what is set must agree with it."""
+def refuse_mixture(args: Any) -> None:
+    """Refuse to go on with an adapter of ours as one of another type, which compares nothing.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    for folder in _saved_adapters(args):
+        has_config = (Path(folder) / CONFIG_FILE).is_file()
+        if has_config and read_adapter_config(Path(folder)).get("peft_type") == PEFT_TYPE:
+            raise ConfigError(
+                f"{folder} holds a mixture of LoRA experts; set tuner_type {TUNER_TYPE} to train "
+                "it on."
+            )
+
+
+def refuse_other_config(args: Any, folder: str, model: Any = None, **from_the_model: Any) -> None:
+    """An adapter that is trained on keeps its configuration: what is set must agree with it.
+
+    Args:
+        args: swift's training arguments.
+        folder: the adapter's.
+        model: the base, once it is there.
+        **from_the_model: fields that the run states and that only the base tells.
+
+    Raises:
+        ConfigError: it is an adapter of another type, or was trained with other values.
+    """
+    saved = refuse_other_type(folder)
+    if not saved:
+        return
+    target = "target_regex" if args.target_regex else "target_modules"
+    keys = {**_SWIFT_WORDS, "target_modules": target, "modules_to_save": "modules_to_save"}
     refuse_disagreement(
         _options(args),
-        _set_words(args),
-        refuse_other_type(folder),
+        {**_set_words(args), **from_the_model},
+        saved,
         folder,
-        lambda field: _SWIFT_WORDS.get(field, PREFIX + field),
+        lambda field: keys.get(field, PREFIX + field),
+        model,
     )
+
+
+def _saved_adapters(args: Any) -> list[str]:
+    """The adapters that a training goes on from."""
+    return [folder for folder in (args.resume_from_checkpoint, *args.adapters) if folder]
 
 
 def _wants_our_optimizer(args: Any) -> bool:

@@ -14,7 +14,15 @@ from torch import nn
 from ...errors import ConfigError
 from ...targets import ALL_LINEAR, asks_for_all_linear
 from ..options import verify_adapter
-from .arguments import moelora_config, refuse_other_type, targets_are_the_presets
+from .arguments import (
+    TUNER_TYPE,
+    moelora_config,
+    refuse_mixture,
+    refuse_other_config,
+    refuse_other_type,
+    states_targets,
+    targets_are_the_presets,
+)
 
 # As swift's own LoRA has them; what is not here ("embedding") has no PEFT task.
 _TASK_TYPES = {
@@ -84,6 +92,32 @@ class MoeLoraTuner(PeftTuner):  # type: ignore[misc]
         if isinstance(model, PeftModel):
             kwargs.setdefault("selected_adapters", ["default"])
         model.save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+
+
+def refuse_other_adapter(args: Any, model: Any) -> None:
+    """A run on a saved adapter must ask for that adapter; swift compares nothing.
+
+    Args:
+        args: swift's training arguments.
+        model: the base.
+
+    Raises:
+        ConfigError: the adapter is of another type, or was trained with other values.
+    """
+    from swift.pipelines.train.tuner import get_modules_to_save
+
+    if args.tuner_type != TUNER_TYPE:
+        refuse_mixture(args)
+        return
+    folder = args.resume_from_checkpoint or next(iter(args.adapters), None)
+    if folder is None:
+        return
+    stated: dict[str, Any] = {}
+    if states_targets(args) and not targets_are_the_presets(args):
+        stated["target_modules"] = _targets(args, model)
+    if args.modules_to_save:
+        stated["modules_to_save"] = get_modules_to_save(args, model, args.task_type)
+    refuse_other_config(args, folder, model, **stated)
 
 
 def _targets(args: Any, model: Any) -> Any:
