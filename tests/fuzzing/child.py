@@ -41,7 +41,10 @@ def run(target: Target, folder: Path, artefacts: Artefacts, out: Path) -> None:
         os.environ["MOELORA_CACHE"] = str(folder.parent / "cache")
         _silence(folder.parent)
         allowed = (folder.parent, artefacts.base, artefacts.folder)
-        sys.addaudithook(_hook(record["watched"], [str(p) for p in allowed], artefacts.canary))
+        base = _named_base(folder) if target.opens_base else None
+        sys.addaudithook(
+            _hook(record["watched"], [str(p) for p in allowed], artefacts.canary, base)
+        )
         record |= _read(target, folder, artefacts)
     except BaseException as error:
         record |= {"outcome": "traceback", "message": repr(error)[:500]}
@@ -119,7 +122,16 @@ def _silence(folder: Path) -> None:
     os.dup2(out, 2)
 
 
-def _hook(watched: list[list[str]], allowed: Iterable[str], canary: Path) -> Any:
+def _named_base(folder: Path) -> str | None:
+    """The file that the artefact names as its base, if it does."""
+    try:
+        name = json.loads((folder / "adapter_config.json").read_bytes())["base_model_name_or_path"]
+        return os.path.realpath(name) if os.path.isfile(name) else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _hook(watched: list[list[str]], allowed: Iterable[str], canary: Path, base: str | None) -> Any:
     """An audit hook: notes commands, connections, and files outside of the allowed folders."""
     roots = tuple(
         [f"{root}" for root in allowed]
@@ -138,6 +150,8 @@ def _hook(watched: list[list[str]], allowed: Iterable[str], canary: Path) -> Any
             if isinstance(path, int) or path is None or in_folder:  # rmtree's names are relative
                 return
             name = os.path.realpath(os.fsdecode(path))
+            if name == base:
+                return
             if name.startswith(str(canary) + os.sep) or not name.startswith(roots):
                 watched.append(["opened", f"{event} {name:.200}"])
 

@@ -37,11 +37,14 @@ class Target:
             where we have no part in it.
         compares: whether another answer without a word is a silent change. A command that shows
             what a file says, and a reader of what a person has written, give other answers rightly.
+        opens_base: whether the base that the file names is the library's to open, before it asks
+            us, also where that is no folder (docs/security.md).
     """
 
     run: Callable[[Path, Artefacts], Any]
     is_ours: bool = True
     compares: bool = True
+    opens_base: bool = False
 
 
 def _answer(model: Any) -> Tensor:
@@ -149,8 +152,8 @@ def _allocate(folder: Path, artefacts: Artefacts) -> None:
 _ADAPTER = {
     "load_adapter": Target(_load_adapter),
     "PeftModel.from_pretrained": Target(_from_pretrained, is_ours=False),
-    "AutoPeftModel": Target(_auto_peft, is_ours=False),
-    "AutoModel.from_pretrained": Target(_native, is_ours=False),
+    "AutoPeftModel": Target(_auto_peft, is_ours=False, opens_base=True),
+    "AutoModel.from_pretrained": Target(_native, is_ours=False, opens_base=True),
     "model.load_adapter": Target(_native_adapter, is_ours=False),
     "moelora inspect": Target(_inspect, compares=False),
     "moelora export": Target(_export),
