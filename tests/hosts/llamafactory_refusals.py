@@ -28,7 +28,7 @@ def answer(case):
             found = next(a for a in parsed if hasattr(a, "finetuning_type"))
             if case.get("adapts"):
                 model_args = next(a for a in parsed if hasattr(a, "model_name_or_path"))
-                trains = case["args"]["do_train"]
+                trains = not case.get("infer")
                 load_model(load_tokenizer(model_args)["tokenizer"], model_args, found, trains)
     except (Exception, SystemExit) as error:
         return {"error": type(error).__name__, "message": str(error)}

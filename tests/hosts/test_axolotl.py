@@ -125,6 +125,16 @@ class Decisions(BasePlugin):
         trainer.compute_loss = noted
 """
 
+# Random models say nothing that a rule could judge: what counts is that rewards differ.
+REWARDS = """
+def letters(completions, **_):
+    return [sum(map(ord, text)) % 7 / 7 for text in completions]
+
+
+def prompts(cfg, *_, **__):
+    return lambda row, tokenizer=None: {"prompt": row["prompt"]}, {"remove_columns": ["completion"]}
+"""
+
 # Each setting and what the answer must name. One process tries them all.
 REFUSED = [
     ({"load_in_8bit": True}, "load_in_8bit"),
@@ -476,6 +486,48 @@ def test_dpo_trains_and_resumes_exactly(runs, preferred, model_dir):
     assert not (resumed / "checkpoint-2").exists()
     assert losses(resumed) == losses(preferred)
     assert_same_tensors(resumed, preferred)
+
+
+def test_kto_starts_from_the_base_as_reference(runs, tmp_path):
+    rows = [json.loads(line) for line in runs.sft_file.read_text().splitlines()]
+    rows = [json.dumps({**row, "label": n % 2 == 0}) + "\n" for n, row in enumerate(rows)]
+    (tmp_path / "kto.jsonl").write_text("".join(rows))
+    fields = {"field_prompt": "prompt", "field_completion": "completion", "field_label": "label"}
+    data = {"path": f"{tmp_path}/kto.jsonl", "ds_type": "json", "split": "train", "type": fields}
+    trained = runs.train("kto", rl="kto", datasets=[data], remove_unused_columns=False)
+    assert losses(trained)[0] == pytest.approx(0.5, rel=1e-6)
+    assert len(set(losses(trained))) == 6
+    assert_trained_adapter(trained, "sqrt", MODULES)
+
+
+def test_grpo_goes_on_from_an_adapter_and_stays_near_it(runs, accumulated):
+    (runs.folder / "rewards.py").write_text(REWARDS)
+    data = {"path": str(runs.sft_file), "ds_type": "json", "split": "train"}
+    trained = runs.train(
+        "grpo",
+        rl="grpo",
+        datasets=[{**data, "type": "rewards.prompts"}],
+        lora_model_dir=str(accumulated),
+        moelora={"aux_losses": AUX},
+        micro_batch_size=4,
+        max_steps=4,
+        trl={
+            "beta": 0.5,
+            "use_vllm": False,
+            "num_generations": 4,
+            "max_completion_length": 8,
+            "reward_funcs": ["rewards.letters"],
+        },
+        env={"PYTHONPATH": f"{runs.host.moelora}{os.pathsep}{runs.folder}"},
+    )
+    kl = losses(trained, "kl")
+    # The reference is the policy at first, and stays where it was when the policy has moved.
+    assert kl[0] == pytest.approx(0.0, abs=1e-6)
+    assert len(kl) == 4
+    assert all(value > 1e-7 for value in kl[1:])
+    before, after = adapter_tensors(accumulated), adapter_tensors(trained)
+    assert after.keys() == before.keys()
+    assert not any(torch.equal(after[name], before[name]) for name in before)
 
 
 def test_inference_answers_with_the_adapter_unmerged(runs, plain, model_dir, tmp_path):

@@ -292,12 +292,7 @@ CONTINUED = {
         "adapter_name_or_path merges all adapters but the last into the base. The gates",
     ),
     "answering with other keys": (
-        {
-            "moelora_top_k": 1,
-            "do_train": False,
-            "do_predict": True,
-            "predict_with_generate": True,
-        },
+        {"moelora_top_k": 1, "do_train": False},
         "moelora_top_k is 1, but {} 2",
     ),
 }
@@ -312,7 +307,11 @@ def continued(llamafactory, config, accumulated, tmp_path_factory):
         path = settings["adapter_name_or_path"].replace("{}", str(accumulated))
         settings = config(**{**settings, "adapter_name_or_path": path})
         args = {key: value for key, value in settings.items() if value is not None}
-        cases.append({"args": args, "adapts": True})
+        infers = not args["do_train"]
+        if infers:
+            kept = {"model_name_or_path", "adapter_name_or_path", "template", "finetuning_type"}
+            args = {k: v for k, v in args.items() if k in {*kept, *changes} - {"do_train"}}
+        cases.append({"args": args, "adapts": True, "infer": infers})
     file = tmp_path_factory.mktemp("continued") / "cases.json"
     file.write_text(json.dumps(cases))
     output = llamafactory.run("python", str(HERE / "llamafactory_refusals.py"), str(file)).stdout
