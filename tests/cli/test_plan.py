@@ -87,7 +87,7 @@ def test_the_table(work: Path) -> None:
     ("arguments", "said"),
     [
         (["--preset", "mola"], ("--model", "model.name")),
-        (["--model", "nowhere/nothing"], ("'nowhere/nothing'", "config.json")),
+        (["--model", "nowhere/nothing"], ("'nowhere/nothing'", "--model on the command line")),
         (["--model", "base", "--preset", "molaa"], ("preset 'molaa'", "'mola'")),
         (["--model", "base", *SMALL, "--dtype", "half"], ("'half'", "float16")),
         (["--model", "base", "--batch-size", "0"], ("training.per_device_train_batch_size", "0")),
