@@ -88,7 +88,6 @@ def _build(name: str, folder: Path) -> None:
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    pip.append("--no-compile")  # most modules are never imported
     # torch first and alone: a machine may offer a build of its own. The rest is a complete list, so
     # nothing is resolved and nothing can pull another torch in.
     torch = next(pin for pin in pins if pin.startswith("torch=="))
