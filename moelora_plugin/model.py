@@ -275,7 +275,7 @@ class MoeLoraModel(BaseTuner):
         is_part = len(others) < len(state_dict) and any(f"{prefix}{n}" not in others for n in base)
         if self._awaits_file or is_part:
             refuse_damaged(others)
-            refuse_foreign(self, state_dict, prefix, biases=biases)
+            refuse_foreign(self, state_dict, prefix, adapters=self.peft_config, biases=biases)
         self._awaits_file = False
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 

@@ -6,7 +6,7 @@ could change the base below it, which `disable_adapter` would not bring back.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from itertools import chain
 
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -53,7 +53,12 @@ def tensors_of_base(model: nn.Module, *, biases: bool) -> dict[str, Tensor]:
 
 
 def refuse_foreign(
-    model: nn.Module, keys: Iterable[str], prefix: str = "", *, biases: bool
+    model: nn.Module,
+    keys: Collection[str],
+    prefix: str = "",
+    *,
+    adapters: Collection[str],
+    biases: bool,
 ) -> None:
     """Look at the names of tensors that are about to be an adapter's.
 
@@ -61,6 +66,7 @@ def refuse_foreign(
         model: with the adapter.
         keys: the names.
         prefix: what stands in them before a name in the model.
+        adapters: the names of the model's adapters.
         biases: whether the adapter trains biases of the base.
 
     Raises:
@@ -69,7 +75,19 @@ def refuse_foreign(
     known = {f"{prefix}{name}" for name, _ in _tensors(model)}
     known -= {f"{prefix}{name}" for name in tensors_of_base(model, biases=biases)}
     whole = tuple(f"{prefix}{name}" for name in saved_whole(model))
-    refuse_named(key for key in keys if key not in known and not key.startswith(whole))
+    unknown = [key for key in keys if key not in known and not key.startswith(whole)]
+    has_own = any(MARK in key for key in known.intersection(keys))
+    refuse_named(key for key in unknown if not (has_own and _is_another_s(key, adapters)))
+
+
+def _is_another_s(key: str, adapters: Collection[str]) -> bool:
+    """Whether a tensor is one of ours, of an adapter that is not in the model: it goes nowhere.
+
+    PEFT before 0.20 writes the tensors of all adapters into the file of each, with their names.
+    When it loads one, it puts that one's name before those, or leaves them (0.21).
+    """
+    names = key.partition(MARK)[2].split(".")[1:-1]
+    return len(names) > 1 or (len(names) == 1 and names[0] not in adapters)
 
 
 def refuse_named(foreign: Iterable[str]) -> None:

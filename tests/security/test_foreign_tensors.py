@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from native import natively
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from tiny import tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM
@@ -46,17 +46,21 @@ def base():
 
 
 def under_a_peft_model(folder):
-    PeftModel.from_pretrained(base(), str(folder))
+    return PeftModel.from_pretrained(base(), str(folder))
 
 
 def beside_another(folder):
     config = MoeLoraConfig(num_experts=2, top_k=1, r=2, target_modules=["q_proj"])
-    get_peft_model(base(), config).load_adapter(str(folder), "stranger")
+    model = get_peft_model(base(), config)
+    model.load_adapter(str(folder), "stranger")
+    return model
 
 
 def over_itself(folder):
     config = MoeLoraConfig(num_experts=4, top_k=2, r=2, target_modules=["q_proj", "v_proj"])
-    get_peft_model(base(), config).load_adapter(str(folder), "default", is_trainable=True)
+    model = get_peft_model(base(), config)
+    model.load_adapter(str(folder), "default", is_trainable=True)
+    return model
 
 
 def strictly(folder):
@@ -93,6 +97,20 @@ def test_nor_is_a_whole_base(load, with_tensors):
     state = {stored_name(name): tensor.clone() for name, tensor in base().state_dict().items()}
     with pytest.raises(AdapterError, match="have no place in the base"):
         load(with_tensors(state))
+
+
+@pytest.mark.parametrize("load", [under_a_peft_model, beside_another, over_itself])
+def test_tensors_of_an_adapter_that_was_saved_beside_go_nowhere(load, with_tensors, saved):
+    """PEFT before 0.20 writes those of all adapters into the file of each."""
+    own = load_file(saved / "adapter_model.safetensors")
+    others = {key.replace(".weight", ".second.weight"): t + 1 for key, t in own.items()}
+    others |= {key.replace("q_proj", "o_proj"): t.clone() for key, t in others.items()}
+    model = load(with_tensors(others))
+    name = "stranger" if load is beside_another else "default"
+    loaded = get_peft_model_state_dict(model, adapter_name=name)
+    assert loaded.keys() >= own.keys()
+    for key, tensor in own.items():
+        assert torch.equal(tensor, loaded[key]), key
 
 
 @pytest.mark.parametrize("strict", [True, False])
